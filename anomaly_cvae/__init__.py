@@ -1,0 +1,1 @@
+"""Conditional anomaly detection with conditional variational autoencoders."""

@@ -1,0 +1,316 @@
+"""From scores to verdicts: thresholds per class, conformal p-values, false-discovery control.
+
+A *group* is a class, or (the last one of a model with classes) the marginal score of rows whose class is
+unknown. A row with missing cells is compared with calibration rows that had as many cells hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+
+Guarantee = Literal["class", "pooled", "none"]
+
+MARGINAL = "(marginal)"
+"""Name of the group of rows whose class is unknown."""
+MAX_LEVELS = 11
+ROWS_FOR_OWN_SCALE = 30
+LEAST_SCALE = 0.1
+"""Nats; a spread of normal scores below this is no scale to measure anything by."""
+LEAVE_ONE_OUT_UP_TO = 200
+
+
+def missing_levels(n_columns: int) -> IntArray:
+    """Numbers of missing cells for which reference scores are kept: every tenth of the columns."""
+    return np.unique(np.round(np.linspace(0, n_columns, MAX_LEVELS))).astype(np.int64)
+
+
+def hide_cells(observed: BoolArray, n_missing: int, rng: np.random.Generator) -> BoolArray:
+    """Choose cells (N, D) to hide at random so that every row misses at least ``n_missing``."""
+    short = np.maximum(n_missing - (~observed).sum(axis=1), 0)
+    order = np.where(observed, rng.random(observed.shape), 2.0).argsort(axis=1).argsort(axis=1)
+    hidden: BoolArray = order < short[:, None]
+    return hidden
+
+
+def rows_needed(false_alarm_rate: float) -> int:
+    """Calibration rows below which no threshold can hold the rate: 99 for 1 %."""
+    return math.ceil(1.0 / false_alarm_rate - 1.0 - 1e-9)
+
+
+def conformal_p_values(scores: FloatArray, calibration: FloatArray) -> FloatArray:
+    """(1 + #{s_i >= s}) / (n + 1) against sorted ``calibration`` scores (n,); Vovk et al. (2005)."""
+    at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
+    return (1.0 + at_least) / (len(calibration) + 1.0)
+
+
+def conformal_threshold(calibration: FloatArray, false_alarm_rate: float) -> float:
+    """The score above which the conformal p-value is at most ``false_alarm_rate``.
+
+    With too few rows for the rate it is the largest calibration score: the rate is then about 1 / (n + 1).
+    """
+    above = max(1, math.floor(false_alarm_rate * (len(calibration) + 1) + 1e-9))
+    return float(calibration[len(calibration) - above])
+
+
+def select_discoveries(p_values: FloatArray, false_discovery_rate: float) -> BoolArray:
+    """Rows to report so that the expected share of normals among them is at most the rate.
+
+    Benjamini and Hochberg (1995); valid for conformal p-values of one calibration set (Bates et al. 2023).
+    """
+    if not len(p_values):
+        return np.zeros(0, dtype=np.bool_)
+    adjusted: FloatArray = false_discovery_control(p_values, method="bh")
+    return adjusted <= false_discovery_rate
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sorted scores of held-out normals, per number of missing cells (level) and group.
+
+    Parameters
+    ----------
+    levels : (L,) numbers of missing cells
+    scores : L x G arrays of scores, less `offsets` of their observed cells
+    offsets : (G, D) mean nats per column, so that it matters little *which* cells are missing; or None
+    n_classes : groups that are classes; the one after them, if any, is the marginal score
+    """
+
+    levels: IntArray
+    scores: tuple[tuple[FloatArray, ...], ...]
+    offsets: FloatArray | None
+    n_classes: int
+
+    @cached_property
+    def scale(self) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """Location and scale per level and group: median 0 and 0.9 quantile 1."""
+        return tuple(
+            tuple(location_and_scale(own, typical) for own in groups)
+            for groups, typical in zip(self.scores, self._typical, strict=True)
+        )
+
+    @cached_property
+    def _typical(self) -> tuple[tuple[float, float], ...]:
+        return tuple(_typical_scale(groups[: self.n_classes]) for groups in self.scores)
+
+    @cached_property
+    def pooled(self) -> tuple[FloatArray, ...]:
+        """Per level, the class-standardised scores of all classes, sorted.
+
+        A row of a small class is standardised by the others of its class, as a new row would be.
+        """
+        return tuple(
+            np.sort(np.concatenate([_standardise_left_out(own, typical) for own in groups[: self.n_classes]]))
+            for groups, typical in zip(self.scores, self._typical, strict=True)
+        )
+
+    def guarantee(self, group: int, false_alarm_rate: float) -> Guarantee:
+        """Whose calibration rows hold the rate in this group."""
+        needed = rows_needed(false_alarm_rate)
+        if len(self.scores[0][group]) >= needed:
+            return "class"
+        return "pooled" if len(self.pooled[0]) >= needed else "none"
+
+    def level_of(self, observed: BoolArray) -> IntArray:
+        """The nearest level for each row of a mask (N, D)."""
+        missing = (~observed).sum(axis=1)
+        nearest: IntArray = np.abs(missing[:, None] - self.levels).argmin(axis=1)
+        return nearest
+
+    def offset(self, groups: IntArray, observed: BoolArray) -> FloatArray:
+        """What a normal row's observed cells cost on average, (N,), nats."""
+        if self.offsets is None:
+            return np.zeros(len(groups))
+        offset: FloatArray = (self.offsets[groups] * observed).sum(axis=1)
+        # Complete rows of a group share one number, to the last bit.
+        return np.where(observed.all(axis=1), self.offsets.sum(axis=1)[groups], offset)
+
+    def calibrated(self, scores: FloatArray, groups: IntArray, observed: BoolArray) -> FloatArray:
+        """Scores (N,) on their group's scale."""
+        own = scores - self.offset(groups, observed)
+        scales = np.array(self.scale)[self.level_of(observed), groups]
+        standard: FloatArray = (own - scales[:, 0]) / scales[:, 1]
+        return standard
+
+    def p_values(
+        self, scores: FloatArray, groups: IntArray, observed: BoolArray, false_alarm_rate: float
+    ) -> FloatArray:
+        """Conformal p-values (N,) against the rows that also set the threshold of the group."""
+        own, standard = scores - self.offset(groups, observed), self.calibrated(scores, groups, observed)
+        p_values = np.ones(len(scores))
+        for level, group, rows in _cells(self.level_of(observed), groups):
+            if self.guarantee(group, false_alarm_rate) == "class":
+                p_values[rows] = conformal_p_values(own[rows], self.scores[level][group])
+            else:
+                p_values[rows] = conformal_p_values(standard[rows], self.pooled[level])
+        return p_values
+
+    def thresholds(self, groups: IntArray, observed: BoolArray, false_alarm_rate: float) -> FloatArray:
+        """Threshold of the score of each row (N,): a score above it is an anomaly."""
+        thresholds = self.offset(groups, observed)
+        for level, group, rows in _cells(self.level_of(observed), groups):
+            thresholds[rows] += self._threshold(level, group, false_alarm_rate)
+        return thresholds
+
+    def _threshold(self, level: int, group: int, false_alarm_rate: float) -> float:
+        if self.guarantee(group, false_alarm_rate) == "class":
+            return conformal_threshold(self.scores[level][group], false_alarm_rate)
+        location, scale = self.scale[level][group]
+        return location + scale * conformal_threshold(self.pooled[level], false_alarm_rate)
+
+    def quantile_thresholds(self, share: float) -> FloatArray:
+        """Per group, the score above which ``share`` of its rows lie: scikit-learn's contamination.
+
+        A class of fewer rows than one anomaly needs borrows the class-standardised pooled quantile.
+        """
+        pooled = -float(np.percentile(-self.pooled[0], 100.0 * share))
+        thresholds = []
+        for own, (location, scale) in zip(self.scores[0], self.scale[0], strict=True):
+            enough = len(own) * share >= 1.0 or len(self.scores[0]) == 1
+            thresholds.append(-float(np.percentile(-own, 100.0 * share)) if enough else location + scale * pooled)
+        return np.array(thresholds)
+
+    def to_arrays(self, prefix: str) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+        """Plain arrays for ``numpy.savez``."""
+        flat = [own for groups in self.scores for own in groups]
+        arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] = {
+            f"{prefix}.levels": self.levels,
+            f"{prefix}.scores": np.concatenate(flat),
+            f"{prefix}.counts": np.array([[len(own) for own in groups] for groups in self.scores]),
+            f"{prefix}.n_classes": np.array(self.n_classes),
+        }
+        if self.offsets is not None:
+            arrays[f"{prefix}.offsets"] = self.offsets
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, prefix: str, arrays: Mapping[str, Any]) -> Reference:
+        """Inverse of `to_arrays`."""
+        counts = np.asarray(arrays[f"{prefix}.counts"])
+        parts = np.split(np.asarray(arrays[f"{prefix}.scores"]), np.cumsum(counts.ravel())[:-1])
+        width = counts.shape[1]
+        return cls(
+            levels=np.asarray(arrays[f"{prefix}.levels"]),
+            scores=tuple(tuple(parts[i * width : (i + 1) * width]) for i in range(len(counts))),
+            offsets=np.asarray(arrays[f"{prefix}.offsets"]) if f"{prefix}.offsets" in arrays else None,
+            n_classes=int(arrays[f"{prefix}.n_classes"]),
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Reference scores of each kind of score, and the rule that makes thresholds of them."""
+
+    references: Mapping[str, Reference]
+    group_names: tuple[str, ...]
+    false_alarm_rate: float
+    contamination: float | None
+    rows: str
+    set_at: str
+
+    def thresholds(self, kind: str, groups: IntArray, observed: BoolArray) -> FloatArray:
+        """Threshold of each row's score of this kind, (N,)."""
+        if self.contamination is not None:
+            return self.references[kind].quantile_thresholds(self.contamination)[groups]
+        return self.references[kind].thresholds(groups, observed, self.false_alarm_rate)
+
+    def pooled_threshold(self, kind: str) -> float:
+        """One threshold for all classes: the class's own where there is one, else that of the pooled raw scores."""
+        reference = self.references[kind]
+        if reference.n_classes == 1:
+            complete = np.ones((1, _width(reference)), dtype=np.bool_)
+            return float(self.thresholds(kind, np.zeros(1, dtype=np.int64), complete)[0])
+        raw = np.sort(np.concatenate([self._raw(reference, g) for g in range(reference.n_classes)]))
+        if self.contamination is not None:
+            return -float(np.percentile(-raw, 100.0 * self.contamination))
+        return conformal_threshold(raw, self.false_alarm_rate)
+
+    @staticmethod
+    def _raw(reference: Reference, group: int) -> FloatArray:
+        offset = 0.0 if reference.offsets is None else reference.offsets[group].sum()
+        return reference.scores[0][group] + offset
+
+    def table(self, kind: str) -> pd.DataFrame:
+        """One row per group: threshold of a complete row, calibration rows, guarantee, rule and time."""
+        reference = self.references[kind]
+        groups = np.arange(len(self.group_names))
+        complete = np.ones((len(groups), _width(reference)), dtype=np.bool_)
+        return pd.DataFrame(
+            {
+                "threshold": self.thresholds(kind, groups, complete),
+                "calibration_rows": [len(own) for own in reference.scores[0]],
+                "guarantee": [self._guarantee(reference, group) for group in groups],
+                "rule": self._rule(kind),
+                "set_at": self.set_at,
+            },
+            index=pd.Index(self.group_names, name="class"),
+        )
+
+    def _guarantee(self, reference: Reference, group: int) -> Guarantee:
+        if self.contamination is not None or self.rows != "held out":
+            return "none"
+        return reference.guarantee(group, self.false_alarm_rate)
+
+    def _rule(self, kind: str) -> str:
+        if self.contamination is not None:
+            return f"{kind}: contamination {self.contamination:g} of the rows of fit"
+        return f"{kind}: false-alarm rate {self.false_alarm_rate:g} on rows {self.rows}"
+
+
+def _width(reference: Reference) -> int:
+    return 1 if reference.offsets is None else reference.offsets.shape[1]
+
+
+def location_and_scale(own: FloatArray, typical: tuple[float, float]) -> tuple[float, float]:
+    """Median, and 0.9 quantile less median; a class of few rows borrows part of its scale.
+
+    With n < 30 rows the scale is the geometric mean of the class's own and the ``typical`` one, weighted
+    n : 10; a class without rows has the typical location too.
+    """
+    if not len(own):
+        return typical
+    middle, high = np.quantile(own, [0.5, 0.9])
+    scale = max(float(high - middle), LEAST_SCALE)
+    if len(own) < ROWS_FOR_OWN_SCALE:
+        weight = len(own) / (len(own) + 10.0)
+        scale = math.exp(weight * math.log(scale) + (1.0 - weight) * math.log(typical[1]))
+    return float(middle), scale
+
+
+def _typical_scale(groups: Sequence[FloatArray]) -> tuple[float, float]:
+    quantiles = [np.quantile(own, [0.5, 0.9]) for own in groups if len(own)]
+    locations = [float(middle) for middle, _ in quantiles]
+    spreads = [float(high - middle) for (middle, high), own in zip(quantiles, filter(len, groups), strict=True) if len(own) >= 5]
+    if not spreads:
+        spreads = [float(np.subtract(*np.quantile(np.concatenate(list(groups)), [0.9, 0.5])))]
+    return float(np.median(locations)), max(float(np.median(spreads)), LEAST_SCALE)
+
+
+def _standardise_left_out(own: FloatArray, typical: tuple[float, float]) -> FloatArray:
+    if len(own) > LEAVE_ONE_OUT_UP_TO:
+        location, scale = location_and_scale(own, typical)
+        return (own - location) / scale
+    standard = np.empty(len(own))
+    for i in range(len(own)):
+        location, scale = location_and_scale(np.delete(own, i), typical)
+        standard[i] = (own[i] - location) / scale
+    return standard
+
+
+def _cells(levels: IntArray, groups: IntArray) -> list[tuple[int, int, IntArray]]:
+    """The rows of every (level, group) that occurs."""
+    if not len(levels):
+        return []
+    pairs, inverse = np.unique(np.stack([levels, groups]), axis=1, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(inverse))[:-1])
+    return [(int(level), int(group), rows) for (level, group), rows in zip(pairs.T, parts, strict=True)]

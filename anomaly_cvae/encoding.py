@@ -1,0 +1,238 @@
+"""Fitted table <-> numbers: standardised cells, level codes, masks and conditions, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from anomaly_cvae.errors import ConditionError
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_cells, numeric_cells
+from anomaly_cvae.schema import Column, Name, Schema, check_counts
+
+LARGEST_VALUE = 1e15
+"""Standardised cells are held within this, so that their square is finite in float32."""
+LIKELIHOODS_OF_KIND = {
+    "real": ("normal", "student_t"),
+    "binary": ("bernoulli",),
+    "categorical": ("categorical",),
+    "count": ("negative_binomial", "poisson"),
+}
+"""Likelihoods that go with a kind of column; the first is the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class FittedColumn:
+    """What training learned of one column.
+
+    ``center`` and ``scale`` standardise a real column; for a count they do so for log(1 + count).
+    ``mean`` is the mean of the raw cells, ``observed`` the number of cells that were there.
+    """
+
+    name: Name
+    likelihood: str
+    n_levels: int = 0
+    center: float = 0.0
+    scale: float = 1.0
+    mean: float = 0.0
+    observed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows as numbers, columns grouped by likelihood.
+
+    Attributes
+    ----------
+    values : (N, D) standardised reals, level codes (the number of levels stands for an unknown one), counts
+    observed : (N, D) whether the cell is there
+    class_index : (N,) class of each row; -1 where the condition is missing, K where the class is unknown
+    continuous : (N, Q) standardised continuous conditions
+    """
+
+    values: FloatArray
+    observed: BoolArray
+    class_index: IntArray
+    continuous: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def take(self, rows: IntArray | BoolArray) -> Encoded:
+        """The rows asked for, in that order."""
+        return Encoded(
+            self.values[rows], self.observed[rows], self.class_index[rows], self.continuous[rows]
+        )
+
+    def hide(self, cells: BoolArray) -> Encoded:
+        """The same rows with ``cells`` (N, D) missing as well."""
+        return Encoded(self.values, self.observed & ~cells, self.class_index, self.continuous)
+
+    def of_class(self, class_index: IntArray) -> Encoded:
+        """The same rows under other claimed classes (N,)."""
+        return Encoded(self.values, self.observed, class_index, self.continuous)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns checked tables into `Encoded` rows and generated numbers back into tables.
+
+    ``columns`` are grouped by likelihood; ``order[i]`` is the place of grouped column i in the schema.
+    """
+
+    schema: Schema
+    columns: tuple[FittedColumn, ...]
+    order: tuple[int, ...]
+    continuous_center: tuple[float, ...] = ()
+    continuous_scale: tuple[float, ...] = ()
+
+    @classmethod
+    def fit(cls, schema: Schema, frame: pd.DataFrame, likelihoods: Mapping[Name, str]) -> Encoder:
+        """Learn scaling from ``frame``; ``likelihoods`` overrides the default head of a column."""
+        fitted = [_fit_column(c, frame[c.name], likelihoods.get(c.name)) for c in schema.columns]
+        order = tuple(sorted(range(len(fitted)), key=lambda i: fitted[i].likelihood))
+        scales = [
+            _center_and_scale(numeric_cells(frame[c.name], c.name)) for c in schema.continuous_conditions
+        ]
+        return cls(
+            schema=schema,
+            columns=tuple(fitted[i] for i in order),
+            order=order,
+            continuous_center=tuple(center for center, _ in scales),
+            continuous_scale=tuple(scale for _, scale in scales),
+        )
+
+    def encode(self, frame: pd.DataFrame, *, with_condition: bool = True) -> Encoded:
+        """Encode the columns and conditions of ``frame``, found by name.
+
+        Raises
+        ------
+        DataError
+            If a cell is infinite, of the wrong type or no count; the message names column and row.
+        ConditionError
+            If a continuous condition is missing.
+        """
+        values = np.empty((len(frame), len(self.columns)))
+        observed = np.ones(values.shape, dtype=np.bool_)
+        for d, (place, fitted) in enumerate(zip(self.order, self.columns, strict=True)):
+            column = self.schema.columns[place]
+            values[:, d], observed[:, d] = _encode_column(column, fitted, frame[column.name])
+        if not with_condition:
+            absent = np.full(len(frame), -1, dtype=np.int64)
+            return Encoded(values, observed, absent, np.zeros((len(frame), 0)))
+        return Encoded(values, observed, self._classes(frame), self._continuous(frame))
+
+    def _classes(self, frame: pd.DataFrame) -> IntArray:
+        conditions = self.schema.categorical_conditions
+        if not conditions:
+            return np.zeros(len(frame), dtype=np.int64)
+        return self.schema.class_index([level_cells(frame[c.name], c.name) for c in conditions])
+
+    def _continuous(self, frame: pd.DataFrame) -> FloatArray:
+        conditions = self.schema.continuous_conditions
+        encoded = np.zeros((len(frame), len(conditions)))
+        for q, condition in enumerate(conditions):
+            cells = numeric_cells(frame[condition.name], condition.name)
+            if np.isnan(cells).any():
+                raise ConditionError(
+                    f"condition {condition.name!r} is missing in row {int(np.flatnonzero(np.isnan(cells))[0])}; "
+                    "a conditional model never scores without its condition"
+                )
+            encoded[:, q] = (cells - self.continuous_center[q]) / self.continuous_scale[q]
+        return np.clip(encoded, -10.0, 10.0)
+
+    def decode(self, values: FloatArray, index: pd.Index | None = None) -> pd.DataFrame:
+        """Turn generated ``values`` (N, D), grouped columns, into a frame like the training table."""
+        cells: dict[Name, Any] = {}
+        for d, place in enumerate(self.order):
+            cells[self.schema.columns[place].name] = _decode_column(
+                self.schema.columns[place], self.columns[d], values[:, d]
+            )
+        return pd.DataFrame({name: cells[name] for name in self.schema.names}, index=index)
+
+    def ungroup(self, grouped: FloatArray) -> FloatArray:
+        """Bring the last axis of ``grouped`` (…, D) back into the order of the schema."""
+        ungrouped = np.empty_like(grouped)
+        ungrouped[..., list(self.order)] = grouped
+        return ungrouped
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``json.dump``."""
+        return {
+            "schema": self.schema.to_json(),
+            "columns": [asdict(column) for column in self.columns],
+            "order": list(self.order),
+            "continuous_center": list(self.continuous_center),
+            "continuous_scale": list(self.continuous_scale),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Encoder:
+        """Inverse of `to_json`."""
+        return cls(
+            schema=Schema.from_json(data["schema"]),
+            columns=tuple(FittedColumn(**column) for column in data["columns"]),
+            order=tuple(data["order"]),
+            continuous_center=tuple(data["continuous_center"]),
+            continuous_scale=tuple(data["continuous_scale"]),
+        )
+
+
+def _fit_column(column: Column, cells: pd.Series, likelihood: str | None) -> FittedColumn:
+    head = likelihood or LIKELIHOODS_OF_KIND[column.kind][0]
+    if column.kind in ("binary", "categorical"):
+        observed = int(cells.notna().sum())
+        return FittedColumn(column.name, head, max(len(column.levels), 1), observed=observed)
+    values = numeric_cells(cells, column.name)
+    present = values[~np.isnan(values)]
+    mean = float(present.mean()) if present.size else 0.0
+    center, scale = _center_and_scale(np.log1p(present) if column.kind == "count" else present)
+    return FittedColumn(column.name, head, 0, center, scale, mean, int(present.size))
+
+
+def _center_and_scale(values: FloatArray) -> tuple[float, float]:
+    """Mean and standard deviation; a constant is given a thousandth of its size as scale."""
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return 0.0, 1.0
+    largest = float(np.abs(values).max()) or 1.0
+    center, scale = float((values / largest).mean()), float((values / largest).std())
+    if scale <= 1e-9:
+        constant = float(values[0])
+        return constant, abs(constant) * 1e-3 or 1.0
+    return center * largest, scale * largest
+
+
+def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[FloatArray, BoolArray]:
+    if column.kind in ("binary", "categorical"):
+        codes = level_cells(cells, column.name).recode(column.levels)
+        unknown = np.where(codes == len(column.levels), fitted.n_levels, codes)
+        return np.where(codes < 0, fitted.n_levels, unknown).astype(np.float64), codes >= 0
+    values = numeric_cells(cells, column.name)
+    observed = ~np.isnan(values)
+    if column.kind == "count":
+        check_counts(values, column.name)
+        return np.where(observed, np.minimum(values, LARGEST_VALUE), 0.0), observed
+    if not fitted.observed:  # nothing is known of this column: it adds nothing
+        return np.zeros(len(values)), np.zeros(len(values), dtype=np.bool_)
+    with np.errstate(over="ignore"):
+        standard = (values - fitted.center) / fitted.scale
+    return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
+
+
+def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray) -> Any:
+    if column.kind in ("binary", "categorical"):
+        codes = np.clip(values, 0, max(len(column.levels) - 1, 0)).astype(np.int64)
+        return _level_array(column.levels)[codes] if column.levels else np.full(len(values), np.nan)
+    if column.kind == "count":
+        return values
+    return values * fitted.scale + fitted.center if fitted.observed else np.full(len(values), np.nan)
+
+
+def _level_array(levels: Sequence[Level]) -> np.ndarray[Any, np.dtype[Any]]:
+    if len({type(level) for level in levels}) == 1 and not isinstance(levels[0], str):
+        return np.array(levels)
+    return np.array(levels, dtype=object)

@@ -1,0 +1,206 @@
+"""A trained bank with everything needed to score: encoder, engine, class frequencies, calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy.special import logsumexp
+
+from anomaly_cvae.calibration import MARGINAL, Calibration, Reference, hide_cells, missing_levels
+from anomaly_cvae.encoding import Encoded, Encoder
+from anomaly_cvae.errors import ConditionError
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.scoring import ScoringEngine
+
+ScoreKind = Literal["elbo", "contrast", "both"]
+MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS = 1_000
+"""Per class and level; the level of complete rows uses every calibration row."""
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """Scores encoded rows, of known and unknown class.
+
+    ``class_frequency`` (K,) is the share of each class in training, p(c). A row's *group* is its class,
+    or K where the class is unknown and the score is the marginal one.
+    """
+
+    encoder: Encoder
+    engine: ScoringEngine
+    class_frequency: FloatArray
+    calibration: Calibration | None = None
+
+    @property
+    def n_classes(self) -> int:
+        """K."""
+        return self.engine.n_classes
+
+    @property
+    def has_contrast(self) -> bool:
+        """Whether another class could have been claimed: several classes and no continuous condition."""
+        return self.n_classes > 1 and not self.encoder.schema.continuous_conditions
+
+    def groups(self, encoded: Encoded) -> IntArray:
+        """Class of each row, K for rows whose class is missing or unknown."""
+        known = (encoded.class_index >= 0) & (encoded.class_index < self.n_classes)
+        return np.where(known, encoded.class_index, self.n_classes)
+
+    def scores(self, encoded: Encoded, kind: ScoreKind) -> FloatArray:
+        """Scores (N,), higher = more anomalous: nats for ``elbo`` and ``contrast``.
+
+        Raises
+        ------
+        ConditionError
+            If the contrast is asked for where no other class could have been claimed.
+        """
+        if kind == "elbo":
+            return self._negative_elbo(encoded)
+        self.require_contrast()
+        by_class = self.engine.class_negative_elbo(encoded)
+        groups = self.groups(encoded)
+        elbo, contrast = self._own(by_class, groups), self._contrast(by_class, groups)
+        if kind == "contrast":
+            return contrast
+        return self._larger(elbo, contrast, groups, encoded.observed)
+
+    def require_contrast(self) -> None:
+        """Raise unless a contrast exists."""
+        if not self.has_contrast:
+            raise ConditionError(
+                "the contrast asks whether another class explains a row better: it needs a categorical "
+                "condition with at least two classes, and no continuous condition"
+            )
+
+    def class_probabilities(self, encoded: Encoded) -> FloatArray:
+        """p(c | x), (N, K), from the class-wise negative ELBO and p(c)."""
+        joint = np.log(self.class_frequency) - self.engine.class_negative_elbo(encoded)
+        probabilities: FloatArray = np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
+        return probabilities
+
+    def calibrate(
+        self, encoded: Encoded, *, false_alarm_rate: float, contamination: float | None, rows: str, set_at: str,
+        rng: np.random.Generator,
+    ) -> FittedModel:
+        """The same model with reference scores from ``encoded`` normals."""
+        names = self.encoder.schema.class_names + ([MARGINAL] if self.n_classes > 1 else [])
+        references = self._references(encoded, rng, with_levels=contamination is None)
+        calibration = Calibration(references, tuple(names), false_alarm_rate, contamination, rows, set_at)
+        return replace(self, calibration=calibration)
+
+    def _negative_elbo(self, encoded: Encoded) -> FloatArray:
+        scores = self.engine.negative_elbo(encoded)
+        unknown = np.flatnonzero(self.groups(encoded) == self.n_classes)
+        if unknown.size:
+            scores[unknown] = self._marginal(self.engine.class_negative_elbo(encoded.take(unknown)))
+        return scores
+
+    def _marginal(self, by_class: FloatArray) -> FloatArray:
+        """-log sum_c p(c) exp(-negative ELBO(x, c)), (N,)."""
+        marginal: FloatArray = -logsumexp(np.log(self.class_frequency) - by_class, axis=1)
+        return marginal
+
+    def _own(self, by_class: FloatArray, groups: IntArray) -> FloatArray:
+        return np.column_stack([by_class, self._marginal(by_class)])[np.arange(len(groups)), groups]
+
+    def _contrast(self, by_class: FloatArray, groups: IntArray) -> FloatArray:
+        """Own less marginal; 0 for a row of unknown class, which has no claim to contrast."""
+        return self._own(by_class, groups) - self._marginal(by_class)
+
+    def _larger(
+        self, elbo: FloatArray, contrast: FloatArray, groups: IntArray, observed: BoolArray,
+        references: dict[str, Reference] | None = None,
+    ) -> FloatArray:
+        known = references or (self.calibration.references if self.calibration else {})
+        return np.maximum(
+            known["elbo"].calibrated(elbo, groups, observed), known["contrast"].calibrated(contrast, groups, observed)
+        )
+
+    def _references(self, encoded: Encoded, rng: np.random.Generator, with_levels: bool) -> dict[str, Reference]:
+        parts = self.engine.column_scores(encoded)
+        offsets = self._mean_nats(parts.columns, encoded) if with_levels else None
+        levels = missing_levels(encoded.values.shape[1]) if with_levels else np.zeros(1, dtype=np.int64)
+        hidden = [self._with_missing(encoded, int(level), rng) for level in levels]
+        raw = [self._raw_scores(rows) for rows in hidden]
+        kinds = ["elbo", "contrast"] if self.has_contrast else ["elbo"]
+        references = {
+            kind: self._reference(levels, hidden, [scores[kind] for scores in raw], offsets if kind == "elbo" else None)
+            for kind in kinds
+        }
+        if self.has_contrast:
+            both = [
+                {
+                    marginal: self._larger(
+                        scores["elbo"][marginal], scores["contrast"][marginal],
+                        self._group_of(rows, marginal), rows.observed, references,
+                    )
+                    for marginal in (False, True)
+                }
+                for rows, scores in zip(hidden, raw, strict=True)
+            ]
+            references["both"] = self._reference(levels, hidden, both, None)
+        return references
+
+    def _group_of(self, rows: Encoded, marginal: bool) -> IntArray:
+        return np.full(len(rows), self.n_classes, dtype=np.int64) if marginal else rows.class_index
+
+    def _with_missing(self, encoded: Encoded, n_missing: int, rng: np.random.Generator) -> Encoded:
+        if n_missing == 0:
+            return encoded
+        shuffled = rng.permutation(len(encoded))
+        chosen = [
+            shuffled[encoded.class_index[shuffled] == k][:MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS]
+            for k in range(self.n_classes)
+        ]
+        rows = encoded.take(np.concatenate(chosen))
+        return rows.hide(hide_cells(rows.observed, n_missing, rng))
+
+    def _raw_scores(self, rows: Encoded) -> dict[str, dict[bool, FloatArray]]:
+        """Each kind's scores under the rows' own class (False) and as if the class were unknown (True)."""
+        if self.n_classes == 1:
+            return {"elbo": {False: self.engine.negative_elbo(rows)}}
+        by_class = self.engine.class_negative_elbo(rows)
+        marginal = self._marginal(by_class)
+        own = self._own(by_class, rows.class_index)
+        return {
+            "elbo": {False: own, True: marginal},
+            "contrast": {False: own - marginal, True: np.zeros(len(rows))},
+        }
+
+    def _reference(
+        self, levels: IntArray, rows: list[Encoded], scores: list[dict[bool, FloatArray]], offsets: FloatArray | None
+    ) -> Reference:
+        blank = Reference(levels, ((),) * len(levels), offsets, self.n_classes)
+        sorted_scores = tuple(
+            tuple(self._sorted_by_group(blank, encoded, by_marginal))
+            for encoded, by_marginal in zip(rows, scores, strict=True)
+        )
+        return replace(blank, scores=sorted_scores)
+
+    def _sorted_by_group(
+        self, blank: Reference, rows: Encoded, by_marginal: dict[bool, FloatArray]
+    ) -> list[FloatArray]:
+        own = by_marginal[False] - blank.offset(rows.class_index, rows.observed)
+        groups = [np.sort(own[rows.class_index == k]) for k in range(self.n_classes)]
+        if self.n_classes > 1:
+            unknown = np.full(len(rows), self.n_classes, dtype=np.int64)
+            groups.append(np.sort(by_marginal[True] - blank.offset(unknown, rows.observed)))
+        return groups
+
+    def _mean_nats(self, columns: FloatArray, encoded: Encoded) -> FloatArray:
+        """Mean nats of each column over the rows that have it, per group: (G, D)."""
+        everyone = _mean_of_observed(columns, encoded.observed)
+        per_class = []
+        for k in range(self.n_classes):
+            own = encoded.class_index == k
+            mean = _mean_of_observed(columns[own], encoded.observed[own])
+            per_class.append(np.where(np.isnan(mean), everyone, mean))
+        groups = [*per_class, everyone] if self.n_classes > 1 else per_class
+        return np.nan_to_num(np.stack(groups))
+
+
+def _mean_of_observed(columns: FloatArray, observed: BoolArray) -> FloatArray:
+    count = observed.sum(axis=0)
+    total = np.where(observed, columns, 0.0).sum(axis=0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -1,0 +1,256 @@
+"""From an encoded table to a fitted model: split, build the bank, train, fit the prior, calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import numpy as np
+import torch
+
+from anomaly_cvae.encoding import Encoded, Encoder
+from anomaly_cvae.errors import DataError
+from anomaly_cvae.fitted import FittedModel
+from anomaly_cvae.frames import IntArray
+from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.priors import MAX_FITTED_ROWS, AggregatePosterior, DiagonalNormal, number_of_components
+from anomaly_cvae.rows import DeviceRows, class_conditions, tensor
+from anomaly_cvae.scoring import ScoringEngine, low_discrepancy_normal
+from anomaly_cvae.training import Epoch, Training, TrainingSettings, train
+
+MAX_CALIBRATION_ROWS = 10_000
+MAX_VALIDATION_ROWS = 2_000
+MAX_AUTO_LATENT_DIM = 32
+LEAST_ROWS_PER_NETWORK = 10
+
+Conditioning = Literal["shared", "per_class"]
+PriorName = Literal["aggregate", "standard", "learned"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What `fit_model` needs beyond the rows; names as in `CVAEDetector`."""
+
+    conditioning: Conditioning
+    n_estimators: int
+    latent_dim: int | None
+    hidden_dims: tuple[int, ...]
+    prior: PriorName
+    n_samples: int
+    scale_floor: float
+    false_alarm_rate: float
+    contamination: float | None
+    validation_fraction: float
+    calibration_fraction: float
+    device: torch.device
+    dtype: torch.dtype
+    training: TrainingSettings
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers for the gradient, for early stopping, and for thresholds; disjoint."""
+
+    training: IntArray
+    validation: IntArray
+    calibration: IntArray
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The fitted model, how its training went, and which rows served for what."""
+
+    model: FittedModel
+    training: Training
+    split: Split
+
+
+def fit_model(
+    encoder: Encoder,
+    encoded: Encoded,
+    settings: FitSettings,
+    random_state: np.random.RandomState,
+    on_epoch: Callable[[Epoch], bool] | None = None,
+) -> Fit:
+    """Train a bank on ``encoded`` normals and calibrate it.
+
+    Raises
+    ------
+    DataError
+        If a class has too few rows for a network of its own.
+    TrainingDivergedError
+        If the loss becomes infinite; names column, class and step.
+    """
+    seeds = random_state.randint(np.iinfo(np.int32).max, size=5)
+    n_classes = len(encoder.schema.classes)
+    check_class_sizes(encoded.class_index, encoder, settings)
+    held_out = 0.0 if settings.contamination is not None else settings.calibration_fraction
+    split = split_rows(
+        encoded.class_index, n_classes, settings.validation_fraction, held_out, np.random.default_rng(seeds[0])
+    )
+    engine = build_engine(encoder, encoded, settings, int(seeds[1]))
+    training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch)
+    if engine.aggregate is not None:
+        fit_aggregate(engine, encoded.take(split.training), int(seeds[3]))
+    frequency = np.bincount(encoded.class_index, minlength=n_classes) / len(encoded)
+    model = FittedModel(encoder, engine, frequency)
+    calibrated = calibrate(model, encoded, split, settings, np.random.default_rng(seeds[4]))
+    return Fit(calibrated, training, split)
+
+
+def calibrate(
+    model: FittedModel, encoded: Encoded, split: Split, settings: FitSettings, rng: np.random.Generator
+) -> FittedModel:
+    """Thresholds from the rows held out for them; a float contamination uses all rows of fit."""
+    if settings.contamination is not None:
+        rows, described = encoded, "of fit"
+    elif len(split.calibration):
+        rows, described = encoded.take(split.calibration), "held out"
+    else:
+        rows, described = encoded, "of fit (too few to hold any out)"
+    return model.calibrate(
+        rows,
+        false_alarm_rate=settings.false_alarm_rate,
+        contamination=settings.contamination,
+        rows=described,
+        set_at=now(),
+        rng=rng,
+    )
+
+
+def now() -> str:
+    """The time of a calibration, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def check_class_sizes(class_index: IntArray, encoder: Encoder, settings: FitSettings) -> None:
+    """One network per class needs a few rows of every class.
+
+    Raises
+    ------
+    DataError
+        Naming the smallest class and the remedy.
+    """
+    if settings.conditioning != "per_class":
+        return
+    counts = np.bincount(class_index, minlength=len(encoder.schema.classes))
+    smallest = int(counts.argmin())
+    if counts[smallest] < LEAST_ROWS_PER_NETWORK:
+        raise DataError(
+            f"class {encoder.schema.class_names[smallest]!r} has {counts[smallest]} row(s); a network of its own "
+            f"needs at least {LEAST_ROWS_PER_NETWORK}: use conditioning='shared', or drop the class"
+        )
+
+
+def split_rows(
+    class_index: IntArray, n_classes: int, validation: float, calibration: float, rng: np.random.Generator
+) -> Split:
+    """Split each class by the asked shares, rounded down; tiny classes give all their rows to training."""
+    parts: tuple[list[IntArray], list[IntArray], list[IntArray]] = ([], [], [])
+    order = rng.permutation(len(class_index))
+    for k in range(n_classes):
+        own = order[class_index[order] == k]
+        n_calibration = min(int(calibration * len(own)), MAX_CALIBRATION_ROWS)
+        n_validation = min(int(validation * len(own)), MAX_VALIDATION_ROWS)
+        cuts = np.split(own, [n_calibration, n_calibration + n_validation])
+        for part, rows in zip(parts, (cuts[2], cuts[1], cuts[0]), strict=True):
+            part.append(rows)
+    # Training draws by row number, so a fixed order keeps it reproducible; held-out rows stay shuffled.
+    shuffled = [rng.permutation(np.concatenate(part)) for part in parts]
+    return Split(*shuffled)
+
+
+def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed: int) -> ScoringEngine:
+    """An untrained bank in its engine."""
+    schema, per_class = encoder.schema, settings.conditioning == "per_class"
+    n_classes = len(schema.classes)
+    conditional = bool(schema.conditions) and not per_class
+    table = class_conditions(schema) if conditional else None
+    width = 0 if table is None else table.shape[1] + len(schema.continuous_conditions)
+    latent_dim = settings.latent_dim or min(max(len(encoder.columns), 1), MAX_AUTO_LATENT_DIM)
+    n_members = settings.n_estimators * (n_classes if per_class else 1)
+    architecture = Architecture(
+        n_members=n_members,
+        latent_dim=latent_dim,
+        hidden_dims=settings.hidden_dims,
+        n_conditions=width,
+        missing_indicators=settings.training.mask_rate > 0.0 or not bool(encoded.observed.all()),
+        learned_prior=settings.prior == "learned",
+        scale_floor=settings.scale_floor,
+    )
+    device, dtype = settings.device, settings.dtype
+    model = CVAE(architecture, encoder.columns, seed).to(device=device, dtype=dtype)
+    aggregate = None
+    if settings.prior == "aggregate":
+        largest = int(np.bincount(encoded.class_index, minlength=n_classes).max())
+        groups = 1 if per_class else n_classes
+        aggregate = AggregatePosterior(n_members, groups, number_of_components(largest), latent_dim)
+        aggregate = aggregate.to(device=device, dtype=dtype)
+    return ScoringEngine(
+        model=model,
+        noise=tensor(low_discrepancy_normal(settings.n_samples, latent_dim, seed), device, dtype),
+        n_classes=n_classes,
+        class_table=None if table is None else tensor(table, device, dtype),
+        members_per_class=settings.n_estimators if per_class else None,
+        aggregate=aggregate,
+    )
+
+
+def _train(
+    engine: ScoringEngine,
+    encoder: Encoder,
+    encoded: Encoded,
+    split: Split,
+    settings: FitSettings,
+    seed: int,
+    on_epoch: Callable[[Epoch], bool] | None,
+) -> Training:
+    names = [str(column.name) for column in encoder.columns]
+    per_class = engine.members_per_class
+
+    def describe(member: int, column: int) -> str:
+        where = f"column {names[column]!r}" if column >= 0 else "the latent code"
+        return where if per_class is None else f"{where}, class {encoder.schema.class_names[member // per_class]!r}"
+
+    return train(
+        engine.model,
+        DeviceRows.of(encoded, engine.class_table, engine.device, engine.noise.dtype),
+        _rows_of_members(engine, encoded, split.training, split.training),
+        _rows_of_members(engine, encoded, split.validation, split.training),
+        settings.training,
+        generator=torch.Generator(engine.device).manual_seed(seed),
+        validation_noise=engine.noise,
+        on_epoch=on_epoch,
+        describe=describe,
+    )
+
+
+def _rows_of_members(
+    engine: ScoringEngine, encoded: Encoded, chosen: IntArray, fallback: IntArray
+) -> list[torch.Tensor]:
+    """Row numbers per member; the fallback's where a member would have none."""
+    if engine.members_per_class is None:
+        groups = [chosen if len(chosen) else fallback] * engine.model.architecture.n_members
+    else:
+        groups = []
+        for k in range(engine.n_classes):
+            own = chosen[encoded.class_index[chosen] == k]
+            own = own if len(own) else fallback[encoded.class_index[fallback] == k]
+            groups += [own] * engine.members_per_class
+    return [torch.as_tensor(rows, device=engine.device) for rows in groups]
+
+
+def fit_aggregate(engine: ScoringEngine, encoded: Encoded, seed: int) -> None:
+    """Fit the aggregate posterior of every member and class to the training rows' posteriors."""
+    assert engine.aggregate is not None
+    for k in range(engine.n_classes):
+        own = encoded.take(np.flatnonzero(encoded.class_index == k)[:MAX_FITTED_ROWS])
+        chunks = list(engine.posteriors(own))
+        mean = torch.cat([posterior.mean for _, posterior in chunks], dim=1)
+        log_variance = torch.cat([posterior.log_variance for _, posterior in chunks], dim=1)
+        members = engine.members_of(k)
+        for place, member in enumerate(range(members.start, members.stop)):
+            posterior = DiagonalNormal(mean[place], log_variance[place])
+            engine.aggregate.fit_group(member, chunks[0][0].group, posterior, seed)

@@ -1,0 +1,20 @@
+"""One decoder head per kind of column."""
+
+from anomaly_cvae.likelihoods.base import LIKELIHOODS, Likelihood, likelihood_class
+from anomaly_cvae.likelihoods.bernoulli import Bernoulli
+from anomaly_cvae.likelihoods.categorical import Categorical
+from anomaly_cvae.likelihoods.counts import NegativeBinomial, Poisson
+from anomaly_cvae.likelihoods.normal import Normal
+from anomaly_cvae.likelihoods.student_t import StudentT
+
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Categorical",
+    "Likelihood",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "StudentT",
+    "likelihood_class",
+]

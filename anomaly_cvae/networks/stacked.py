@@ -1,0 +1,80 @@
+"""Layers with a leading member axis: all members of a bank go through one batched matrix product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+ALL = slice(None)
+
+
+class StackedLinear(nn.Module):
+    """One affine map per member, shifted by the condition: x W + c V + b.
+
+    Shapes: x (M or 1, R, in), c (M or 1, N or 1, C), result (M, R, out). R is N or S * N: a condition of
+    N rows is repeated for every sample.
+    """
+
+    def __init__(self, n_members: int, n_in: int, n_out: int, n_conditions: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_uniform((n_members, n_in, n_out), n_in, generator))
+        self.bias = nn.Parameter(torch.zeros(n_members, 1, n_out))
+        self.condition_weight: nn.Parameter | None = None
+        if n_conditions:
+            self.condition_weight = nn.Parameter(_uniform((n_members, n_conditions, n_out), n_in, generator))
+
+    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
+        """Map rows (M, R, in) to (M, R, out) with the chosen members' weights."""
+        weight, shift = self.weight[members], self.bias[members]
+        if self.condition_weight is not None and condition is not None:
+            shift = shift + condition @ self.condition_weight[members]
+        n_rows = x.shape[-2]
+        if shift.shape[1] not in (1, n_rows):
+            shift = shift.repeat(1, n_rows // shift.shape[1], 1)
+        if len(weight) == 1:
+            return torch.addmm(shift[0], x[0], weight[0]).unsqueeze(0)
+        return torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
+
+
+class StackedMLP(nn.Module):
+    """ReLU network with the condition at every layer and a linear path around the hidden layers."""
+
+    def __init__(
+        self,
+        n_members: int,
+        n_in: int,
+        hidden_dims: Sequence[int],
+        n_out: int,
+        n_conditions: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        widths = [n_in, *hidden_dims, n_out]
+        self.layers = nn.ModuleList(
+            StackedLinear(n_members, a, b, n_conditions, generator)
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        )
+        with torch.no_grad():
+            self.layers[-1].get_parameter("weight").mul_(0.1)
+        self.skip: nn.Parameter | None = None
+        if hidden_dims:
+            self.skip = nn.Parameter(0.1 * _uniform((n_members, n_in, n_out), n_in, generator))
+
+    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
+        """Map rows (M or 1, R, in) to (M, R, out)."""
+        hidden = x
+        for layer in self.layers[:-1]:
+            hidden = torch.relu_(layer(hidden, condition, members))
+        out: Tensor = self.layers[-1](hidden, condition, members)
+        if self.skip is None:
+            return out
+        skip = self.skip[members]
+        return torch.baddbmm(out, x.expand(len(skip), -1, -1), skip)
+
+
+def _uniform(shape: tuple[int, ...], n_in: int, generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(3.0 / max(n_in, 1))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

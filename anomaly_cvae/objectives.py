@@ -1,0 +1,58 @@
+"""What training maximises and scores report: every one is a reduction of the same terms."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anomaly_cvae.errors import ParameterError
+from anomaly_cvae.model import Terms
+
+
+class Objective(Protocol):
+    """A bound on log p(x | c) per member and row, (M, N), nats; training maximises it."""
+
+    def __call__(self, terms: Terms, kl_weight: float = 1.0) -> Tensor:
+        """Reduce ``terms``."""
+
+
+def elbo(terms: Terms, kl_weight: float = 1.0) -> Tensor:
+    """E_q log p(x | z, c) - kl_weight * KL(q || p), (M, N); Kingma and Welling (2014), equation 3."""
+    wide = accumulator(terms.log_prob)
+    reconstruction = terms.log_prob.sum(-1, dtype=wide).mean(1)
+    return reconstruction - kl_weight * terms.kl.sum(-1, dtype=wide)
+
+
+def importance_weighted(terms: Terms, kl_weight: float = 1.0) -> Tensor:
+    """log mean_s p(x, z_s | c) / q(z_s | x, c), (M, N); Burda, Grosse and Salakhutdinov (2016), equation 8.
+
+    ``kl_weight`` tempers log p(z | c) - log q(z | x, c) for the warm-up; at 1 this is the IWAE bound.
+    """
+    wide = accumulator(terms.log_prob)
+    log_ratio = (terms.log_prior - terms.log_q).to(wide)
+    log_weight = terms.log_prob.sum(-1, dtype=wide) + kl_weight * log_ratio
+    return torch.logsumexp(log_weight, dim=1) - math.log(log_weight.shape[1])
+
+
+def accumulator(values: Tensor) -> torch.dtype:
+    """The type in which nats are summed: float64 where the device has it."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
+
+
+OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": importance_weighted}
+
+
+def objective(name: str) -> Objective:
+    """Return the objective called ``name``.
+
+    Raises
+    ------
+    ParameterError
+        If there is none.
+    """
+    if name not in OBJECTIVES:
+        raise ParameterError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]

@@ -1,0 +1,71 @@
+"""Encoded rows as tensors on a device, and the batches that a model takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.frames import FloatArray
+from anomaly_cvae.schema import Schema
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model sees: values and observed (M or 1, N, D), condition (M or 1, N or 1, C).
+
+    ``observed`` is None where every cell is there, ``condition`` where the members know one class only.
+    """
+
+    values: Tensor
+    observed: Tensor | None
+    condition: Tensor | None
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """All rows of a table on the device; `batch` gathers some of them for every member."""
+
+    values: Tensor
+    observed: Tensor | None
+    condition: Tensor | None
+
+    @classmethod
+    def of(cls, encoded: Encoded, table: Tensor | None, device: torch.device, dtype: torch.dtype) -> DeviceRows:
+        """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector."""
+        complete = bool(encoded.observed.all())
+        condition = None
+        if table is not None:
+            classes = table[torch.as_tensor(encoded.class_index, device=device)]
+            condition = torch.cat([classes, tensor(encoded.continuous, device, dtype)], dim=1)
+        return cls(
+            values=tensor(encoded.values, device, dtype),
+            observed=None if complete else tensor(encoded.observed, device, dtype),
+            condition=condition,
+        )
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Rows (M, B) of each member."""
+        return Batch(
+            values=self.values[rows],
+            observed=None if self.observed is None else self.observed[rows],
+            condition=None if self.condition is None else self.condition[rows],
+        )
+
+
+def tensor(values: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy on the device; the source may be read-only."""
+    return torch.tensor(np.asarray(values), dtype=dtype, device=device)
+
+
+def class_conditions(schema: Schema) -> FloatArray:
+    """One vector per class, (K, C): the levels of every categorical condition, one-hot, side by side."""
+    blocks = []
+    for q, condition in enumerate(schema.categorical_conditions):
+        position = {level: code for code, level in enumerate(condition.levels)}
+        codes = [position[levels[q]] for levels in schema.classes]
+        blocks.append(np.eye(len(condition.levels))[codes])
+    return np.concatenate([np.zeros((len(schema.classes), 0)), *blocks], axis=1)

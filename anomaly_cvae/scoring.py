@@ -1,0 +1,231 @@
+"""The scoring engine: encoded rows in, nats out; deterministic, chunked, whatever the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.errors import ParameterError
+from anomaly_cvae.frames import FloatArray, IntArray
+from anomaly_cvae.model import CVAE, Terms
+from anomaly_cvae.objectives import accumulator, elbo
+from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal
+from anomaly_cvae.rows import Batch, tensor
+
+# Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
+CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one class, ready for the model: their places in the input, and the members that know them."""
+
+    places: IntArray
+    members: slice
+    group: int
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class ColumnScores:
+    """The negative ELBO taken apart: nats per column (N, D), grouped order, and of the KL (N,)."""
+
+    columns: FloatArray
+    kl: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """The negative ELBO, (N,)."""
+        return self.columns.sum(axis=1) + self.kl
+
+
+@dataclass(frozen=True)
+class ScoringEngine:
+    """Scores rows with a bank.
+
+    Rows are taken class by class, so that a chunk has one condition, one mixture prior and, in a bank of
+    one network per class, only the members of its class.
+
+    Parameters
+    ----------
+    members_per_class : members that know one class; None when every member knows all of them
+    class_table : (K, C) condition vectors, None in a bank of one network per class
+    noise : (S, Z) fixed low-discrepancy points, stored with the model
+    aggregate : the prior at scoring time; None for the training prior
+    """
+
+    model: CVAE
+    noise: Tensor
+    n_classes: int
+    class_table: Tensor | None = None
+    members_per_class: int | None = None
+    aggregate: AggregatePosterior | None = None
+    chunk_rows: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bank lives."""
+        return self.noise.device
+
+    def negative_elbo(self, encoded: Encoded) -> FloatArray:
+        """Mean over members of the negative ELBO under each row's own class, (N,), nats.
+
+        A row without any observed cell says nothing: its negative ELBO is 0.
+        """
+        scores = np.zeros(len(encoded))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                scores[chunk.places] = _numpy((-elbo(self._terms(chunk))).mean(0))
+        return np.where(encoded.observed.any(axis=1), scores, 0.0)
+
+    def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
+        """Negative ELBO of every row under every class, (N, K)."""
+        columns = [
+            self.negative_elbo(encoded.of_class(np.full(len(encoded), k, dtype=np.int64)))
+            for k in range(self.n_classes)
+        ]
+        return np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
+
+    def column_scores(self, encoded: Encoded) -> ColumnScores:
+        """The exact decomposition of `negative_elbo`."""
+        columns, kl = np.zeros(encoded.values.shape), np.zeros(len(encoded))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                terms = self._terms(chunk)
+                wide = accumulator(terms.log_prob)
+                columns[chunk.places] = _numpy(-terms.log_prob.mean(dim=(0, 1), dtype=wide))
+                kl[chunk.places] = _numpy(terms.kl.sum(-1, dtype=wide).mean(0))
+        empty = ~encoded.observed.any(axis=1)
+        return ColumnScores(columns, np.where(empty, 0.0, kl))
+
+    def posterior_mean(self, encoded: Encoded) -> FloatArray:
+        """Latent coordinates of each row under the first member of its class, (N, Z)."""
+        means = np.zeros((len(encoded), self.noise.shape[1]))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                first = slice(chunk.members.start, chunk.members.start + 1)
+                means[chunk.places] = _numpy(self.model.encode(chunk.batch, first).mean[0])
+        return means
+
+    def expected(self, encoded: Encoded) -> FloatArray:
+        """What the model expects of every cell given the observed ones, (N, D), encoded values."""
+        values = np.zeros(encoded.values.shape)
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                z = self.model.encode(chunk.batch, chunk.members).sample(self.noise)
+                parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
+                values[chunk.places] = _numpy(self.model.expected(parameters))
+        return values
+
+    def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator) -> FloatArray:
+        """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.
+
+        Each draw takes z from q(z | x, c) and the cells from p(x | z, c) of a random member.
+        """
+        values = np.zeros((n_draws, *encoded.values.shape))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                posterior = self.model.encode(chunk.batch, chunk.members)
+                members, n_rows, latent = posterior.mean.shape
+                noise = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
+                z = posterior.sample(noise.normal_(generator=generator))
+                parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
+                drawn = self.model.draw(parameters, generator)
+                member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
+                values[:, chunk.places] = _numpy(drawn[member, torch.arange(n_draws, device=self.device)])
+        return values
+
+    def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
+        """q(z | x, c) chunk by chunk, for fitting the aggregate posterior."""
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                yield chunk, self.model.encode(chunk.batch, chunk.members)
+
+    def members_of(self, k: int) -> slice:
+        """The members that know class ``k``."""
+        if self.members_per_class is None:
+            return slice(0, self.model.architecture.n_members)
+        return slice(k * self.members_per_class, (k + 1) * self.members_per_class)
+
+    def condition(self, k: int, continuous: FloatArray) -> Tensor | None:
+        """Condition vectors of rows of class ``k``, (1, N or 1, C)."""
+        if self.class_table is None:
+            return None
+        shared = self.class_table[k].reshape(1, 1, -1)
+        if not continuous.shape[1]:
+            return shared
+        own = tensor(continuous, self.device, self.noise.dtype).unsqueeze(0)
+        return torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1)
+
+    def _chunks(self, encoded: Encoded) -> Iterator[Chunk]:
+        order = np.argsort(encoded.class_index, kind="stable")
+        classes = encoded.class_index[order]
+        for k in range(self.n_classes):
+            start, stop = np.searchsorted(classes, [k, k + 1])
+            members = self.members_of(k)
+            size = self.chunk_rows or self._chunk_size(members)
+            for first in range(start, stop, size):
+                yield self._chunk(encoded, order[first : min(first + size, stop)], k, members)
+
+    def _chunk(self, encoded: Encoded, places: IntArray, k: int, members: slice) -> Chunk:
+        observed = encoded.observed[places]
+        dtype = self.noise.dtype
+        batch = Batch(
+            values=tensor(encoded.values[places], self.device, dtype).unsqueeze(0),
+            observed=None if observed.all() else tensor(observed, self.device, dtype).unsqueeze(0),
+            condition=self.condition(k, encoded.continuous[places]),
+        )
+        return Chunk(places, members, 0 if self.members_per_class is not None else k, batch)
+
+    def _chunk_size(self, members: slice) -> int:
+        """Rows that keep one layer's activations within the good range of the device."""
+        hidden = max([*self.model.architecture.hidden_dims, self.model.architecture.latent_dim, 1])
+        width = max(hidden, self.model.decoder.layers[-1].get_parameter("weight").shape[-1])
+        per_row = (members.stop - members.start) * len(self.noise) * width
+        return max(32, CHUNK_NUMBERS[self.device.type] // per_row)
+
+    def _terms(self, chunk: Chunk) -> Terms:
+        prior = None if self.aggregate is None else self.aggregate.select(chunk.members, chunk.group)
+        return self.model.terms(chunk.batch, self.noise, members=chunk.members, prior=prior)
+
+
+def low_discrepancy_normal(n_samples: int, latent_dim: int, seed: int) -> FloatArray:
+    """Scrambled Sobol points mapped to N(0, I), (S, Z); from two samples on, mean 0 and variance 1 per unit."""
+    sobol = torch.quasirandom.SobolEngine(latent_dim, scramble=True, seed=seed)
+    points: FloatArray = norm.ppf(np.clip(sobol.draw(n_samples, dtype=torch.float64).numpy(), 1e-6, 1 - 1e-6))
+    if n_samples == 1:
+        return points
+    points = points - points.mean(axis=0)
+    return points / np.maximum(points.std(axis=0), 1e-6)
+
+
+def resolve_device(device: str, dtype: torch.dtype) -> torch.device:
+    """Turn ``"auto"`` into the best device there is: CUDA, then Apple's GPU (float32 only), then the CPU.
+
+    Raises
+    ------
+    ParameterError
+        If the device asked for is not there, or cannot compute in ``dtype``.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = torch.backends.mps.is_available() and dtype == torch.float32
+        return torch.device("mps" if mps else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.zeros(1, dtype=dtype, device=resolved)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ParameterError(f"device={device!r} with dtype={dtype} cannot be used here: {reason}") from error
+    return resolved
+
+
+def _numpy(values: Tensor) -> FloatArray:
+    return values.detach().cpu().double().numpy()

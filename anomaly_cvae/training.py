@@ -1,0 +1,284 @@
+"""The one training loop: all members of a bank at once, each on its own rows, best weights kept per member."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anomaly_cvae.errors import TrainingDivergedError
+from anomaly_cvae.model import CVAE, Terms
+from anomaly_cvae.objectives import Objective, elbo
+from anomaly_cvae.rows import Batch, DeviceRows
+
+LEARNING_RATE_WARMUP = 0.05
+KL_WARMUP = 0.2
+MAX_EPOCHS = 40
+MAX_VALIDATION_ROWS = 2_000
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a bank is trained.
+
+    ``patience`` counts epochs without a better held-out negative ELBO; ``clip_norm`` bounds each member's
+    gradient; ``mask_rate`` is the share of rows that have a random part of their cells hidden.
+    """
+
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    objective: Objective = elbo
+    train_samples: int = 1
+    kl_weight: float = 1.0
+    input_noise: float = 0.0
+    mask_rate: float = 0.0
+    patience: int = 10
+    weight_decay: float = 1e-4
+    clip_norm: float = 5.0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One round of training steps and the held-out negative ELBO (nats per row) after it."""
+
+    epoch: int
+    step: int
+    train_negative_elbo: float
+    validation_negative_elbo: float
+    learning_rate: float
+    kl_weight: float
+    improved_members: int
+    seconds: float
+    validation_per_member: tuple[float, ...] = field(repr=False, default=())
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop returns: its epochs and why it ended."""
+
+    epochs: list[Epoch]
+    stopped_by: str
+
+
+def train(
+    model: CVAE,
+    rows: DeviceRows,
+    training_rows: Sequence[Tensor],
+    validation_rows: Sequence[Tensor],
+    settings: TrainingSettings,
+    *,
+    generator: torch.Generator,
+    validation_noise: Tensor,
+    on_epoch: Callable[[Epoch], bool] | None = None,
+    describe: Callable[[int, int], str] = lambda member, column: f"column {column}, member {member}",
+) -> Training:
+    """Train ``model`` in place and leave every member with its own best weights.
+
+    Parameters
+    ----------
+    training_rows, validation_rows : one tensor of row numbers per member
+    generator : the only source of randomness, on the device of ``rows``
+    validation_noise : (S, Z) fixed points, so that two epochs are comparable
+    on_epoch : called after each epoch; returning True ends the training
+    describe : names a member and a column for the message when a value is not finite
+
+    Raises
+    ------
+    TrainingDivergedError
+        When a loss is not finite; names the column and the step. The model has its best weights.
+    """
+    loop = _Loop(
+        model, rows, training_rows, validation_rows, settings, generator, validation_noise, describe
+    )
+    try:
+        stopped_by = loop.run(on_epoch)
+    except KeyboardInterrupt:
+        stopped_by = "interrupt"
+    finally:
+        loop.restore_best()
+    return Training(loop.epochs, stopped_by)
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: CVAE,
+        rows: DeviceRows,
+        training_rows: Sequence[Tensor],
+        validation_rows: Sequence[Tensor],
+        settings: TrainingSettings,
+        generator: torch.Generator,
+        validation_noise: Tensor,
+        describe: Callable[[int, int], str],
+    ) -> None:
+        self.model, self.rows, self.settings = model, rows, settings
+        self.generator, self.noise, self.describe = generator, validation_noise, describe
+        device = rows.values.device
+        self.table, self.counts = _pad(training_rows, device)
+        held_out = [chosen[:MAX_VALIDATION_ROWS] for chosen in validation_rows]
+        self.validation_table, self.validation_counts = _pad(held_out, device)
+        self.batch_size = min(settings.batch_size, int(self.counts.max()))
+        self.parameters = list(model.parameters())
+        # The fused step exists for CPU and CUDA; one kernel for all parameters.
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        members = len(training_rows)
+        self.best_loss = torch.full((members,), torch.inf, dtype=torch.float64, device=device)
+        self.best = [p.detach().clone() for p in self.parameters]
+        self.stale = torch.zeros(members, dtype=torch.long, device=device)
+        self.epochs: list[Epoch] = []
+        self.started = time.perf_counter()
+
+    def run(self, on_epoch: Callable[[Epoch], bool] | None) -> str:
+        interval = epoch_length(int(self.counts.max()), self.batch_size, self.settings.max_steps)
+        total = torch.zeros((), dtype=torch.float64)
+        self.evaluate(0, math.nan)
+        for step in range(self.settings.max_steps):
+            total += self.step(step)
+            if (step + 1) % interval and step + 1 < self.settings.max_steps:
+                continue
+            self.epochs.append(self.evaluate(step + 1, float(total) / ((step % interval) + 1)))
+            total.zero_()
+            if on_epoch is not None and on_epoch(self.epochs[-1]):
+                return "callback"
+            if int(self.stale.min()) >= self.settings.patience:
+                return "early stopping"
+        return "max_steps"
+
+    def step(self, step: int) -> float:
+        """One optimiser step of every member; returns the mean loss in nats per row."""
+        settings = self.settings
+        batch = self.augment(self.rows.batch(self.draw()))
+        terms = self.model.terms(batch, self.latent_noise(batch))
+        loss = -settings.objective(terms, self.kl_weight(step)).mean(-1)
+        mean_loss = float(loss.detach().mean())
+        if not math.isfinite(mean_loss):
+            self.raise_diverged(step, terms, loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        # Members share no parameter, so the gradient of the sum is each member's own gradient.
+        (loss.sum() / terms.log_prob.shape[-1]).backward()  # type: ignore[no-untyped-call]
+        self.clip_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        return mean_loss
+
+    def draw(self) -> Tensor:
+        """Row numbers (M, B), drawn with replacement from each member's own rows."""
+        shape = (len(self.counts), self.batch_size)
+        uniform = torch.rand(shape, generator=self.generator, device=self.table.device, dtype=torch.float64)
+        return self.table.gather(1, (uniform * self.counts.unsqueeze(1)).long())
+
+    def augment(self, batch: Batch) -> Batch:
+        """Add training noise, and hide a random part of some rows."""
+        if self.settings.input_noise > 0.0:
+            batch = self.model.jitter(batch, self.settings.input_noise, self.generator)
+        if self.settings.mask_rate == 0.0:
+            return batch
+        members, n_rows, _ = batch.values.shape
+
+        def uniform(n: int) -> Tensor:
+            return torch.rand(
+                (members, n_rows, n), generator=self.generator, device=batch.values.device, dtype=batch.values.dtype
+            )
+
+        hidden_share = torch.where(uniform(1) < self.settings.mask_rate, uniform(1), 0.0)
+        kept = (uniform(batch.values.shape[-1]) >= hidden_share).to(batch.values.dtype)
+        observed = kept if batch.observed is None else batch.observed * kept
+        return Batch(batch.values, observed, batch.condition)
+
+    def latent_noise(self, batch: Batch) -> Tensor:
+        members, n_rows, _ = batch.values.shape
+        shape = (members, self.settings.train_samples, n_rows, self.model.architecture.latent_dim)
+        return torch.empty(shape, dtype=batch.values.dtype, device=batch.values.device).normal_(
+            generator=self.generator
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then cosine decay to zero."""
+        warmup = max(1, round(LEARNING_RATE_WARMUP * self.settings.max_steps))
+        progress = (step - warmup) / max(1, self.settings.max_steps - warmup)
+        decay = 0.5 * (1.0 + math.cos(math.pi * max(0.0, progress)))
+        return self.settings.learning_rate * min(1.0, (step + 1) / warmup) * decay
+
+    def kl_weight(self, step: int) -> float:
+        """Linear warm-up from 0: latent units are not switched off before the decoder can use them."""
+        warmup = max(1, round(KL_WARMUP * self.settings.max_steps))
+        return self.settings.kl_weight * min(1.0, step / warmup)
+
+    def clip_gradients(self) -> None:
+        """Bound each member's gradient norm on its own: one bad member must not slow the others."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        squared = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
+        factor = (self.settings.clip_norm / (squared.sqrt() + 1e-12)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.reshape(-1, *[1] * (gradient.dim() - 1)))
+
+    @torch.no_grad()
+    def evaluate(self, step: int, train_loss: float) -> Epoch:
+        """Held-out negative ELBO of every member; remember the weights of those that improved."""
+        loss = self.validation_loss()
+        improved = loss < self.best_loss
+        self.best_loss = torch.where(improved, loss, self.best_loss)
+        self.stale = torch.where(improved, 0, self.stale + 1)
+        for best, parameter in zip(self.best, self.parameters, strict=True):
+            best[improved] = parameter.detach()[improved]
+        return Epoch(
+            epoch=len(self.epochs) + 1,
+            step=step,
+            train_negative_elbo=train_loss,
+            validation_negative_elbo=float(loss.mean()),
+            learning_rate=self.learning_rate(max(step - 1, 0)),
+            kl_weight=self.kl_weight(max(step - 1, 0)),
+            improved_members=int(improved.sum()),
+            seconds=time.perf_counter() - self.started,
+            validation_per_member=tuple(loss.tolist()),
+        )
+
+    def validation_loss(self) -> Tensor:
+        """Mean negative ELBO of each member's held-out rows, (M,), float64; never tempered."""
+        total = torch.zeros(len(self.validation_counts), dtype=torch.float64, device=self.table.device)
+        for start in range(0, self.validation_table.shape[1], 500):
+            chosen = self.validation_table[:, start : start + 500]
+            place = torch.arange(start, start + chosen.shape[1], device=chosen.device)
+            valid = place < self.validation_counts.unsqueeze(1)
+            loss = -elbo(self.model.terms(self.rows.batch(chosen), self.noise))
+            total += torch.where(valid, loss, 0.0).sum(1).double()
+        return total / self.validation_counts
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for best, parameter in zip(self.best, self.parameters, strict=True):
+            parameter.copy_(best)
+
+    def raise_diverged(self, step: int, terms: Terms, loss: Tensor) -> None:
+        member = int((~torch.isfinite(loss)).nonzero()[0])
+        bad = (~torch.isfinite(terms.log_prob[member])).any(dim=0).any(dim=0)
+        where = self.describe(member, int(bad.nonzero()[0]) if bad.any() else -1)
+        raise TrainingDivergedError(
+            f"training met a value that is not finite at step {step} in {where}; lower learning_rate "
+            f"(now {self.settings.learning_rate:g}), or look at that column's scale and outliers"
+        )
+
+
+def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:
+    """Steps between two looks at the held-out rows: one pass over the data, but at most 40 looks in all."""
+    return min(max_steps, max(math.ceil(n_rows / batch_size), math.ceil(max_steps / MAX_EPOCHS)))
+
+
+def _pad(chosen: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row numbers of unequal length as (M, longest) and their counts (M,)."""
+    counts = torch.tensor([len(rows) for rows in chosen], device=device)
+    table = torch.zeros(len(chosen), int(counts.max()), dtype=torch.long, device=device)
+    for member, rows in enumerate(chosen):
+        table[member, : len(rows)] = rows
+    return table, counts
