@@ -123,7 +123,11 @@ class Encoder:
         if not with_condition:
             absent = np.full(len(frame), -1, dtype=np.int64)
             return Encoded(values, observed, absent, np.zeros((len(frame), 0)))
-        return Encoded(values, observed, self._classes(frame), self._continuous(frame))
+        return Encoded(values, observed, *self.encode_conditions(frame))
+
+    def encode_conditions(self, frame: pd.DataFrame) -> tuple[IntArray, FloatArray]:
+        """Class of each row (N,), -1 missing and K unknown, and standardised continuous conditions (N, Q)."""
+        return self._classes(frame), self._continuous(frame)
 
     def _classes(self, frame: pd.DataFrame) -> IntArray:
         conditions = self.schema.categorical_conditions

@@ -147,6 +147,10 @@ class ScoringEngine:
             for chunk in self._chunks(encoded):
                 yield chunk, self.model.encode(chunk.batch, chunk.members)
 
+    def generator(self, seed: int) -> torch.Generator:
+        """A source of randomness on the engine's device."""
+        return torch.Generator(self.device).manual_seed(seed)
+
     def members_of(self, k: int) -> slice:
         """The members that know class ``k``."""
         if self.members_per_class is None:

@@ -1,0 +1,251 @@
+"""The saved model: a folder of safetensors, JSON and npz with a manifest of SHA-256; never a pickle, no rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from anomaly_cvae.calibration import Calibration, Reference
+from anomaly_cvae.encoding import Encoder
+from anomaly_cvae.errors import BundleError
+from anomaly_cvae.fitted import FittedModel
+from anomaly_cvae.inputs import Layout
+from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.priors import AggregatePosterior
+from anomaly_cvae.scoring import ScoringEngine
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+MODEL = "model.json"
+DETECTOR = "detector.json"
+HISTORY = "history.json"
+CALIBRATION = "calibration.json"
+SCORES = "calibration.npz"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything that a detector is made of."""
+
+    model: FittedModel
+    layout: Layout
+    parameters: Mapping[str, Any]
+    history: pd.DataFrame
+
+
+def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
+    """Write ``bundle`` to the folder ``path``; an earlier bundle there is replaced in one step.
+
+    Raises
+    ------
+    BundleError
+        If ``path`` exists and is not a bundle.
+    """
+    target = Path(path)
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target} exists and is not a model bundle; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    beside.mkdir()
+    try:
+        _write(bundle, beside)
+        _write_manifest(beside, library_version)
+        if target.exists():
+            shutil.rmtree(target)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def load(path: str | Path, device: torch.device) -> Bundle:
+    """Read a bundle onto ``device``, whatever device it was trained on.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing or changed, or the format is newer than this version reads.
+    """
+    folder = Path(path)
+    check(folder)
+    description, detector = _read_json(folder / MODEL), _read_json(folder / DETECTOR)
+    encoder = Encoder.from_json(description["encoder"])
+    engine = _load_engine(description, encoder, load_file(folder / WEIGHTS), device)
+    frequency = np.array(description["class_frequency"])
+    layout = Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in detector["layout"].items()})
+    return Bundle(
+        model=FittedModel(encoder, engine, frequency, _load_calibration(folder)),
+        layout=layout,
+        parameters={name: _from_plain(value) for name, value in detector["parameters"].items()},
+        history=pd.DataFrame(**_read_json(folder / HISTORY)),
+    )
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Compare every file with the manifest and return the manifest.
+
+    Raises
+    ------
+    BundleError
+        Naming the file and what is wrong with it.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} is not a model bundle: it has no {MANIFEST}")
+    manifest = _read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not {"format_version", "files", "library_version"} <= set(manifest):
+        raise BundleError(f"{folder / MANIFEST} is no manifest of a model bundle; save the model again")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has format {manifest['format_version']}, written by anomaly_cvae "
+            f"{manifest['library_version']}; this version reads up to {FORMAT_VERSION}: upgrade anomaly_cvae"
+        )
+    for name in (WEIGHTS, MODEL, DETECTOR, HISTORY, CALIBRATION, SCORES):
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder}: {name} is missing; restore the bundle from where it was saved")
+        if _sha256(folder / name) != manifest["files"].get(name):
+            raise BundleError(
+                f"{folder}: {name} is not the file that was saved (its SHA-256 differs); restore the bundle"
+            )
+    return manifest
+
+
+def model_hash(path: str | Path) -> str:
+    """SHA-256 over a bundle's files: two models are the same if and only if this is.
+
+    Raises
+    ------
+    BundleError
+        If the bundle is incomplete or changed.
+    """
+    files = check(Path(path))["files"]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _write(bundle: Bundle, folder: Path) -> None:
+    model, engine = bundle.model, bundle.model.engine
+    if model.calibration is None:
+        raise BundleError("a model without calibration cannot be saved: fit or recalibrate it first")
+    save_file(_weights(engine), folder / WEIGHTS)
+    _write_json(
+        folder / MODEL,
+        {
+            "architecture": asdict(engine.model.architecture),
+            "encoder": model.encoder.to_json(),
+            "members_per_class": engine.members_per_class,
+            "n_classes": engine.n_classes,
+            "class_frequency": model.class_frequency.tolist(),
+            "aggregate_shape": None if engine.aggregate is None else list(engine.aggregate.mean.shape),
+        },
+    )
+    parameters = {name: _to_plain(value) for name, value in bundle.parameters.items()}
+    _write_json(folder / DETECTOR, {"parameters": parameters, "layout": asdict(bundle.layout)})
+    _write_json(folder / HISTORY, bundle.history.to_dict(orient="split"))
+    calibration = model.calibration
+    _write_json(
+        folder / CALIBRATION,
+        {
+            "kinds": list(calibration.references),
+            "group_names": list(calibration.group_names),
+            "false_alarm_rate": calibration.false_alarm_rate,
+            "contamination": calibration.contamination,
+            "rows": calibration.rows,
+            "set_at": calibration.set_at,
+        },
+    )
+    arrays = [reference.to_arrays(kind) for kind, reference in calibration.references.items()]
+    np.savez_compressed(folder / SCORES, **{name: array for part in arrays for name, array in part.items()})
+
+
+def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
+    weights = {f"model.{name}": value for name, value in engine.model.state_dict().items()}
+    weights["noise"] = engine.noise
+    if engine.class_table is not None:
+        weights["class_table"] = engine.class_table
+    if engine.aggregate is not None:
+        weights |= {f"aggregate.{name}": value for name, value in engine.aggregate.state_dict().items()}
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+
+
+def _load_engine(
+    description: Mapping[str, Any], encoder: Encoder, weights: dict[str, torch.Tensor], device: torch.device
+) -> ScoringEngine:
+    shape = description["architecture"]
+    model = CVAE(Architecture(**{**shape, "hidden_dims": tuple(shape["hidden_dims"])}), encoder.columns)
+    dtype = weights["noise"].dtype
+    model.to(dtype=dtype).load_state_dict(_with_prefix(weights, "model."))
+    aggregate = None
+    if description["aggregate_shape"] is not None:
+        aggregate = AggregatePosterior(*description["aggregate_shape"]).to(dtype=dtype)
+        aggregate.load_state_dict(_with_prefix(weights, "aggregate."))
+        aggregate = aggregate.to(device)
+    table = weights.get("class_table")
+    return ScoringEngine(
+        model=model.to(device),
+        noise=weights["noise"].to(device),
+        n_classes=description["n_classes"],
+        class_table=None if table is None else table.to(device),
+        members_per_class=description["members_per_class"],
+        aggregate=aggregate,
+    )
+
+
+def _with_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _load_calibration(folder: Path) -> Calibration:
+    described = _read_json(folder / CALIBRATION)
+    with np.load(folder / SCORES, allow_pickle=False) as arrays:
+        references = {kind: Reference.from_arrays(kind, arrays) for kind in described.pop("kinds")}
+    return Calibration(references, **{**described, "group_names": tuple(described["group_names"])})
+
+
+def _write_manifest(folder: Path, library_version: str) -> None:
+    files = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    manifest = {"format_version": FORMAT_VERSION, "library_version": library_version, "files": files}
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{file} is not readable as JSON: {error}") from error
+
+
+def _to_plain(value: Any) -> Any:
+    """A parameter as JSON: dicts as pairs (their keys may be positions), a random generator as None."""
+    if isinstance(value, Mapping):
+        return {"pairs": [[_to_plain(k), _to_plain(v)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else None
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: word for key, word in value["pairs"]}
+    return tuple(_from_plain(item) for item in value) if isinstance(value, list) else value

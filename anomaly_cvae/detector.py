@@ -1,0 +1,632 @@
+"""`CVAEDetector`: the scikit-learn face of the bank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from anomaly_cvae import bundle, explain, generation
+from anomaly_cvae.calibration import select_discoveries
+from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded, Encoder
+from anomaly_cvae.errors import ConditionError, ParameterError
+from anomaly_cvae.fitted import FittedModel, ScoreKind
+from anomaly_cvae.fitting import FitSettings, Split, fit_model, now
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells, to_frame
+from anomaly_cvae.inputs import Layout, condition_frame, feature_frame, resolve_keys, resolve_names
+from anomaly_cvae.objectives import objective
+from anomaly_cvae.parameters import check_parameters
+from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
+from anomaly_cvae.schema import Name, Schema, infer_column, infer_condition, observed_classes
+from anomaly_cvae.scoring import resolve_device
+from anomaly_cvae.training import Training, TrainingSettings
+
+FLAGGED = -np.finfo(np.float64).tiny
+"""Largest decision of a row that policy, not its score, makes an anomaly."""
+INTERVAL_DRAWS = 200
+
+
+class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
+    """Find rows that are unlikely given their condition.
+
+    A bank of conditional variational autoencoders models p(x | c). A row's score is its negative ELBO in
+    nats, in expectation an upper bound of -log p(x | c) in the units of x; thresholds are set per class of
+    the condition on normals that training has not seen.
+
+    Every method that takes ``X`` takes a pandas frame, an Arrow table or a 2-D array of N rows, and
+    ``condition`` (N,) or (N, Q) if, and only if, `fit` was given one. NaN marks a missing cell.
+
+    Parameters
+    ----------
+    condition_columns : names or positions of the columns of X that are the condition; None: unconditional
+    conditioning : "shared" (every network is told c) or "per_class" (one network per class)
+    unseen_class : a class not seen in training: "raise", "anomaly" (flagged, scored marginally), "marginal"
+    missing_condition : a missing condition: "raise", or "marginal" to score by sum_c p(c) p(x | c)
+    score_kind : what `score_samples` and `predict` use: "elbo", "contrast" (is the condition wrong?) or "both"
+    contamination : "auto": thresholds hold ``false_alarm_rate`` on held-out normals; a float in (0, 0.5]:
+        that share of the rows of `fit` is flagged, as elsewhere in scikit-learn
+    false_alarm_rate : share of normals, per class, that may be flagged
+    n_estimators : networks per class (or in all, when shared); scores are their mean
+    latent_dim : width of z; "auto": as many as columns, at most 32
+    hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
+    likelihoods : "auto", or {column: "normal" | "student_t" | "poisson" | "negative_binomial" | …}
+    column_kinds : {column: "real" | "binary" | "categorical" | "count"}, and for conditions
+        "categorical" | "continuous", where the inferred kind (see ``schema_.report()``) is not right
+    ignore_columns : columns of X that are neither x nor condition
+    prior : "aggregate" (at scoring time, the mixture that each class's training posteriors form),
+        "standard" N(0, I) or "learned" p(z | c)
+    objective : "elbo" or "iwae" (``train_samples`` importance samples)
+    train_samples : samples of z per row and training step
+    kl_weight : weight of the KL in training; scores always use 1
+    input_noise : standard deviation of training noise on real columns, in units of the column's own
+    mask_rate : share of training rows with a random part of their cells hidden
+    scale_floor : least standard deviation of a normal or Student-t head, in units of the column's own
+    n_samples : fixed points of z per row at scoring time
+    max_steps, batch_size, learning_rate, patience : optimiser steps, rows per network and step, peak of
+        AdamW's rate, epochs without a better held-out loss before training stops
+    validation_fraction, calibration_fraction : shares of each class kept for early stopping, and for
+        thresholds and nothing else
+    device : "auto", "cpu", "cuda", "mps"
+    dtype : "float32" or "float64"
+    random_state : int, RandomState or None; the only source of randomness
+    verbose : 0 silent, 1 progress bar, 2 a line per epoch
+
+    Attributes
+    ----------
+    model_ : FittedModel, the bank with its encoder and calibration
+    schema_ : Schema, what every column was taken for
+    history_ : DataFrame, one row per epoch (losses in nats per row, seconds since the start)
+    thresholds_ : DataFrame by class: threshold, calibration rows, guarantee, rule, time
+    offset_ : float, minus the pooled threshold
+    n_features_in_, feature_names_in_ : as in scikit-learn
+    """
+
+    model_: FittedModel
+
+    def __init__(
+        self,
+        condition_columns: Sequence[Name] | Name | None = None,
+        *,
+        conditioning: str = "shared",
+        unseen_class: str = "raise",
+        missing_condition: str = "raise",
+        score_kind: str = "elbo",
+        contamination: float | str = "auto",
+        false_alarm_rate: float = 0.01,
+        n_estimators: int = 2,
+        latent_dim: int | str = "auto",
+        hidden_dims: Sequence[int] = (256, 256),
+        likelihoods: str | Mapping[Name, str] = "auto",
+        column_kinds: Mapping[Name, str] | None = None,
+        ignore_columns: Sequence[Name] | Name | None = None,
+        prior: str = "aggregate",
+        objective: str = "elbo",
+        train_samples: int = 1,
+        kl_weight: float = 1.0,
+        input_noise: float = 0.2,
+        mask_rate: float = 0.2,
+        scale_floor: float = 0.08,
+        n_samples: int = 4,
+        max_steps: int = 2000,
+        batch_size: int = 256,
+        learning_rate: float = 2e-3,
+        patience: int = 10,
+        validation_fraction: float = 0.1,
+        calibration_fraction: float = 0.2,
+        device: str = "auto",
+        dtype: str = "float32",
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.condition_columns = condition_columns
+        self.conditioning = conditioning
+        self.unseen_class = unseen_class
+        self.missing_condition = missing_condition
+        self.score_kind = score_kind
+        self.contamination = contamination
+        self.false_alarm_rate = false_alarm_rate
+        self.n_estimators = n_estimators
+        self.latent_dim = latent_dim
+        self.hidden_dims = hidden_dims
+        self.likelihoods = likelihoods
+        self.column_kinds = column_kinds
+        self.ignore_columns = ignore_columns
+        self.prior = prior
+        self.objective = objective
+        self.train_samples = train_samples
+        self.kl_weight = kl_weight
+        self.input_noise = input_noise
+        self.mask_rate = mask_rate
+        self.scale_floor = scale_floor
+        self.n_samples = n_samples
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.patience = patience
+        self.validation_fraction = validation_fraction
+        self.calibration_fraction = calibration_fraction
+        self.device = device
+        self.dtype = dtype
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------ training
+
+    @with_callbacks
+    def fit(self, X: Any, y: Any = None, *, condition: Any = None) -> Self:
+        """Train and calibrate on normal rows (N, D); ``y`` is ignored.
+
+        Ctrl-C ends the training early and keeps the best weights so far.
+
+        Raises
+        ------
+        DataError, ConditionError, ParameterError
+            Saying which column, row or parameter is wrong and what to do.
+        TrainingDivergedError
+            If the loss becomes infinite; names column and step.
+        """
+        check_parameters(self)
+        features = feature_frame(self, X, reset=True)
+        self.layout_, frame = self._read_layout(X, features, condition)
+        self.schema_, likelihoods = self._infer_schema(features, frame)
+        encoder = Encoder.fit(self.schema_, frame, likelihoods)
+        encoded = encoder.encode(frame)
+        with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
+            fit = fit_model(
+                encoder, encoded, self._fit_settings(), check_random_state(self.random_state), reporter
+            )
+        self.model_ = fit.model
+        self.history_ = self._history(fit.training)
+        self.split_: Split = fit.split
+        self._n_features_out = fit.model.engine.noise.shape[1]
+        if fit.training.stopped_by == "interrupt":
+            warnings.warn(
+                f"training was interrupted at step {len(fit.training.epochs) and fit.training.epochs[-1].step}; "
+                "the best weights so far were kept and calibrated",
+                stacklevel=2,
+            )
+        return self
+
+    def _read_layout(self, X: Any, features: pd.DataFrame, condition: Any) -> tuple[Layout, pd.DataFrame]:
+        in_x = resolve_names(self.condition_columns, features, "condition_columns")
+        ignored = resolve_names(self.ignore_columns, features, "ignore_columns")
+        both = sorted(map(str, set(in_x) & set(ignored)))
+        if both:
+            raise ParameterError(f"{both} stand in condition_columns and in ignore_columns; keep one")
+        frame, passed = features, ()
+        if condition is not None:
+            extra = condition_frame(condition, len(features), features.columns)
+            passed = tuple(extra.columns)
+            frame = pd.concat([features, extra.set_axis(features.index)], axis=1)
+        layout = Layout(tuple(features.columns), in_x, passed, ignored, is_table(X))
+        return layout, frame
+
+    def _infer_schema(self, features: pd.DataFrame, frame: pd.DataFrame) -> tuple[Schema, dict[Name, str]]:
+        layout = self.layout_
+        kinds = resolve_keys(self.column_kinds, frame, "column_kinds")
+        likelihoods = resolve_keys(self.likelihoods, frame, "likelihoods")
+        outside = {*layout.condition_columns, *layout.ignored}
+        names = [name for name in features.columns if name not in outside]
+        if not names:
+            raise ParameterError("no column is left for x: all are conditions or ignored")
+        conditions = tuple(infer_condition(frame[name], name, kinds.get(name)) for name in layout.conditions)
+        columns = tuple(infer_column(frame[name], name, kinds.get(name)) for name in names)
+        for column in columns:
+            head = likelihoods.get(column.name)
+            if head is not None and head not in LIKELIHOODS_OF_KIND[column.kind]:
+                raise ParameterError(
+                    f"likelihoods[{column.name!r}] is {head!r}, but a {column.kind} column goes with "
+                    f"{' or '.join(LIKELIHOODS_OF_KIND[column.kind])}; set column_kinds to change its kind"
+                )
+        if self.conditioning == "per_class" and any(c.kind == "continuous" for c in conditions):
+            name = next(c.name for c in conditions if c.kind == "continuous")
+            raise ParameterError(
+                f"condition {name!r} is continuous and has no classes: use conditioning='shared', or "
+                f"column_kinds={{{name!r}: 'categorical'}}"
+            )
+        cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
+        return Schema(columns, conditions, observed_classes(cells), layout.ignored), likelihoods
+
+    def _fit_settings(self) -> FitSettings:
+        dtype = getattr(torch, self.dtype)
+        training = TrainingSettings(
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            objective=objective(self.objective),
+            train_samples=self.train_samples,
+            kl_weight=self.kl_weight,
+            input_noise=self.input_noise,
+            mask_rate=self.mask_rate,
+            patience=self.patience,
+        )
+        return FitSettings(
+            conditioning=self.conditioning,  # type: ignore[arg-type]  # checked by check_parameters
+            n_estimators=self.n_estimators,
+            latent_dim=None if isinstance(self.latent_dim, str) else self.latent_dim,
+            hidden_dims=tuple(self.hidden_dims),
+            prior=self.prior,  # type: ignore[arg-type]  # checked by check_parameters
+            n_samples=self.n_samples,
+            scale_floor=self.scale_floor,
+            false_alarm_rate=self.false_alarm_rate,
+            contamination=None if isinstance(self.contamination, str) else float(self.contamination),
+            validation_fraction=self.validation_fraction,
+            calibration_fraction=self.calibration_fraction,
+            device=resolve_device(self.device, dtype),
+            dtype=dtype,
+            training=training,
+        )
+
+    def _history(self, training: Training) -> pd.DataFrame:
+        lines = [
+            {
+                "epoch": e.epoch,
+                "step": e.step,
+                "train_negative_elbo": e.train_negative_elbo,
+                "validation_negative_elbo": e.validation_negative_elbo,
+                "learning_rate": e.learning_rate,
+                "kl_weight": e.kl_weight,
+                "improved_members": e.improved_members,
+                "seconds": e.seconds,
+            }
+            for e in training.epochs
+        ]
+        history = pd.DataFrame(lines)
+        history.attrs["stopped_by"] = training.stopped_by
+        return history
+
+    # ------------------------------------------------------------------ scores
+
+    def score_samples(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Minus the detector's score, (N,): higher = more normal."""
+        encoded = self._encode(X, condition)
+        return -self.model_.scores(encoded, self._kind())
+
+    def negative_elbo(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Negative ELBO of each row, (N,), nats: higher = more anomalous."""
+        return self.model_.scores(self._encode(X, condition), "elbo")
+
+    def contrast(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Negative ELBO under the claimed class less the marginal one, (N,), nats.
+
+        It equals log p(c) - log p(c | x): high when another class explains the row better. 0 for a row
+        of unknown class.
+
+        Raises
+        ------
+        ConditionError
+            Without a categorical condition of at least two classes.
+        """
+        return self.model_.scores(self._encode(X, condition), "contrast")
+
+    def decision_function(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """`score_samples` plus the threshold of the row's class, (N,): negative for anomalies.
+
+        A row with missing cells has a threshold of its own: that of normals missing as many cells.
+        """
+        encoded = self._encode(X, condition)
+        groups = self.model_.groups(encoded)
+        scores = self.model_.scores(encoded, self._kind())
+        decision = self._thresholds(groups, encoded.observed) - scores
+        if self.unseen_class == "anomaly":
+            return np.where(self._is_unseen(encoded), np.minimum(decision, FLAGGED), decision)
+        return decision
+
+    def predict(self, X: Any, *, condition: Any = None) -> IntArray:
+        """+1 for normal rows, -1 for anomalies, (N,)."""
+        return np.where(self.decision_function(X, condition=condition) >= 0, 1, -1)
+
+    def fit_predict(self, X: Any, y: Any = None, *, condition: Any = None) -> IntArray:
+        """`fit` and `predict` on the same rows."""
+        return self.fit(X, y, condition=condition).predict(X, condition=condition)
+
+    def p_values(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Conformal p-value of each row among its class's held-out normals, (N,).
+
+        A row of a class not seen in training, under ``unseen_class="anomaly"``, has the least one.
+        """
+        encoded = self._encode(X, condition)
+        groups = self.model_.groups(encoded)
+        scores = self.model_.scores(encoded, self._kind())
+        if self.unseen_class == "anomaly":
+            scores = np.where(self._is_unseen(encoded), np.inf, scores)
+        calibration = self._calibration()
+        reference = calibration.references[self._kind()]
+        return reference.p_values(scores, groups, encoded.observed, calibration.false_alarm_rate)
+
+    def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
+        """Rows to report, (N,), so that at most this share of them is expected to be normal (Benjamini-Hochberg)."""
+        if not 0.0 < false_discovery_rate < 1.0:
+            raise ParameterError(f"false_discovery_rate must lie in (0, 1), not {false_discovery_rate}")
+        return select_discoveries(self.p_values(X, condition=condition), false_discovery_rate)
+
+    def calibrated_score(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Negative ELBO on its class's scale of held-out normals (median 0, 0.9 quantile 1), (N,).
+
+        Ranks rows across classes of unequal spread; higher = more anomalous.
+        """
+        encoded = self._encode(X, condition)
+        groups = self.model_.groups(encoded)
+        reference = self._calibration().references["elbo"]
+        return reference.calibrated(self.model_.scores(encoded, "elbo"), groups, encoded.observed)
+
+    # ------------------------------------------------------------------ explanation and generation
+
+    def explain(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
+        """Nats per column and of the KL, (N, D + 1); rows sum to `negative_elbo`."""
+        parts = explain.column_scores(self.model_, self._encode(X, condition))
+        frame = pd.DataFrame(parts.columns, columns=self.schema_.names, index=self._index(X))
+        frame[explain.KL] = parts.kl
+        return frame
+
+    def top_columns(self, X: Any, *, condition: Any = None, n: int = 3) -> pd.DataFrame:
+        """The ``n`` most surprising columns of each row: nats, value observed, value and 90 % range expected.
+
+        The expectation is made from the rest of the row: the cells in question are hidden from it.
+        """
+        encoded, frame = self._encode(X, condition), self._frame(X, condition)
+        n = min(n, len(self.schema_.columns))
+        return explain.top_columns(self.model_, encoded, frame, n, rng_seed=0, n_draws=INTERVAL_DRAWS)
+
+    def sample(self, n: int, *, condition: Any = None, random_state: Any = None) -> Any:
+        """Draw ``n`` rows of p(x | c), like X.
+
+        ``condition`` is one class for all rows, or one per row; None draws classes as often as they
+        occurred in training.
+        """
+        check_is_fitted(self)
+        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+        conditions = self._conditions_to_sample(n, condition, seed)
+        classes, continuous = self._encode_conditions(conditions)
+        generator = self.model_.engine.generator(seed)
+        values = generation.sample(self.model_, classes, continuous, generator)
+        return self._like_x(self.model_.encoder.decode(values), conditions)
+
+    def reconstruct(self, X: Any, *, condition: Any = None) -> Any:
+        """What the model expects of every cell after seeing the row, like X without ignored columns."""
+        encoded, frame = self._encode(X, condition), self._frame(X, condition)
+        values = self.model_.engine.expected(self._with_class(encoded))
+        return self._like_x(self.model_.encoder.decode(values, frame.index), frame)
+
+    def impute(self, X: Any, *, condition: Any = None) -> Any:
+        """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
+        encoded, frame = self._encode(X, condition), self._frame(X, condition)
+        expected = self.model_.encoder.decode(
+            generation.impute(self.model_, self._with_class(encoded)), frame.index
+        )
+        names = self.schema_.names
+        return self._like_x(frame[names].where(frame[names].notna(), expected), frame)
+
+    def condition_proba(self, X: Any) -> pd.DataFrame:
+        """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at."""
+        check_is_fitted(self)
+        self.model_.require_contrast()
+        encoded = self.model_.encoder.encode(self._features(X, need_condition=False), with_condition=False)
+        probabilities = self.model_.class_probabilities(encoded)
+        return pd.DataFrame(probabilities, columns=self.schema_.class_names, index=self._index(X))
+
+    def transform(self, X: Any, *, condition: Any = None) -> FloatArray:
+        """Posterior mean of z under the first network of each row's class, (N, Z)."""
+        encoded = self._encode(X, condition)
+        return self.model_.engine.posterior_mean(self._with_class(encoded))
+
+    def fit_transform(self, X: Any, y: Any = None, *, condition: Any = None) -> Any:
+        """`fit` and `transform` on the same rows."""
+        return self.fit(X, y, condition=condition).transform(X, condition=condition)
+
+    def get_feature_names_out(self, input_features: Any = None) -> npt.NDArray[np.object_]:
+        """Names of the latent coordinates."""
+        check_is_fitted(self)
+        return np.array([f"cvaedetector{i}" for i in range(self._n_features_out)], dtype=object)
+
+    # ------------------------------------------------------------------ thresholds
+
+    def recalibrate(
+        self, X: Any = None, *, condition: Any = None, false_alarm_rate: float | None = None
+    ) -> Self:
+        """Set thresholds anew without training.
+
+        With ``X``, normals that neither training nor early stopping used, reference scores are made from
+        them; without, the stored ones serve and only the rate changes.
+        """
+        calibration = self._calibration()
+        rate = calibration.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
+        if not 0.0 < rate < 1.0:
+            raise ParameterError(f"false_alarm_rate must lie in (0, 1), not {rate}")
+        if X is None:
+            changed = replace(calibration, false_alarm_rate=rate, contamination=None, set_at=now())
+            self.model_ = replace(self.model_, calibration=changed)
+            return self
+        encoded = self._encode(X, condition)
+        unknown = self.model_.groups(encoded) == len(self.schema_.classes)
+        if len(self.schema_.classes) > 1 and unknown.any():
+            raise ConditionError(
+                f"row {int(np.flatnonzero(unknown)[0])} has no class that training knew; recalibrate on rows of "
+                "known classes"
+            )
+        self.model_ = self.model_.calibrate(
+            encoded,
+            false_alarm_rate=rate,
+            contamination=None,
+            rows="held out",
+            set_at=now(),
+            rng=np.random.default_rng(0),
+        )
+        return self
+
+    @property
+    def thresholds_(self) -> pd.DataFrame:
+        """By class: threshold of a complete row's score, calibration rows, guarantee, rule, time."""
+        return self._calibration().table(self._kind())
+
+    @property
+    def offset_(self) -> float:
+        """Minus the pooled threshold; unconditional: decision_function = score_samples - offset_."""
+        return -self._calibration().pooled_threshold(self._kind())
+
+    # ------------------------------------------------------------------ persistence
+
+    def save(self, path: str | Path) -> Path:
+        """Write the detector to the folder ``path`` (see `anomaly_cvae.bundle`); no row is stored."""
+        check_is_fitted(self)
+        from anomaly_cvae import __version__
+
+        saved = bundle.Bundle(self.model_, self.layout_, self.get_params(deep=False), self.history_)
+        return bundle.save(saved, path, __version__)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto") -> Self:
+        """Read a detector that `save` wrote, onto any device.
+
+        Raises
+        ------
+        BundleError
+            If a file is missing or changed, or the format is newer than this version reads.
+        """
+        saved = bundle.load(path, resolve_device(device, torch.float64 if device == "auto" else torch.float32))
+        detector = cls(**saved.parameters)
+        detector.model_, detector.layout_, detector.history_ = saved.model, saved.layout, saved.history
+        detector.schema_ = saved.model.encoder.schema
+        detector.n_features_in_ = len(saved.layout.columns)
+        if saved.layout.is_frame and all(isinstance(name, str) for name in saved.layout.columns):
+            detector.feature_names_in_ = np.array(saved.layout.columns, dtype=object)
+        detector._n_features_out = saved.model.engine.noise.shape[1]
+        return detector
+
+    # ------------------------------------------------------------------ inside
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        return tags
+
+    def _kind(self) -> ScoreKind:
+        if self.score_kind not in ("elbo", "contrast", "both"):
+            raise ParameterError(f"score_kind must be 'elbo', 'contrast' or 'both', not {self.score_kind!r}")
+        if self.score_kind != "elbo":
+            self.model_.require_contrast()
+        return self.score_kind  # type: ignore[return-value]  # checked above
+
+    def _calibration(self) -> Any:
+        check_is_fitted(self)
+        assert self.model_.calibration is not None
+        return self.model_.calibration
+
+    def _thresholds(self, groups: IntArray, observed: BoolArray) -> FloatArray:
+        thresholds: FloatArray = self._calibration().thresholds(self._kind(), groups, observed)
+        return thresholds
+
+    def _features(self, X: Any, *, need_condition: bool = True) -> pd.DataFrame:
+        check_is_fitted(self)
+        if not need_condition and is_table(X):
+            frame = to_frame(X)
+            absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
+            X = frame.assign(**{str(name): np.nan for name in absent})[list(self.layout_.columns)] if absent else X
+        return feature_frame(self, X, reset=False).set_axis(list(self.layout_.columns), axis=1)
+
+    def _frame(self, X: Any, condition: Any) -> pd.DataFrame:
+        features, passed = self._features(X), self.layout_.passed_conditions
+        if condition is None and passed:
+            if self.missing_condition != "marginal":
+                raise ConditionError(
+                    f"this detector was fitted with condition= ({', '.join(map(str, passed))}) and never scores "
+                    "without: pass condition=, or set missing_condition='marginal'"
+                )
+            return features.assign(**{str(name): np.nan for name in passed})
+        if condition is not None and not passed:
+            raise ConditionError(
+                "condition= was passed, but fit had none; its conditions are "
+                f"{list(self.layout_.condition_columns) or 'none at all'}"
+            )
+        if condition is None:
+            return features
+        extra = condition_frame(condition, len(features), (), passed)
+        return pd.concat([features, extra.set_axis(features.index)], axis=1)
+
+    def _encode(self, X: Any, condition: Any) -> Encoded:
+        encoded = self.model_.encoder.encode(self._frame(X, condition)) if hasattr(self, "model_") else None
+        if encoded is None:
+            check_is_fitted(self)
+            raise AssertionError("unreachable: check_is_fitted raises")
+        self._apply_policies(encoded, X, condition)
+        return encoded
+
+    def _apply_policies(self, encoded: Encoded, X: Any, condition: Any) -> None:
+        missing = np.flatnonzero(encoded.class_index < 0)
+        if missing.size and self.missing_condition == "raise":
+            raise ConditionError(
+                f"the condition is missing in row {missing[0]} ({missing.size} row(s) in all); fill it, or set "
+                "missing_condition='marginal' to average over the classes"
+            )
+        unseen = np.flatnonzero(self._is_unseen(encoded))
+        if unseen.size and self.unseen_class == "raise":
+            names = [c.name for c in self.schema_.categorical_conditions]
+            cells = self._frame(X, condition)[names].iloc[unseen[0]].tolist()
+            raise ConditionError(
+                f"condition {', '.join(map(str, names))} is {', '.join(map(str, cells))!r} in row {unseen[0]}, a class "
+                f"not seen in training ({unseen.size} row(s) in all); seen: {_shortened(self.schema_.class_names)}. "
+                "Set unseen_class='anomaly' to flag such rows, or 'marginal' to average over the classes"
+            )
+
+    def _is_unseen(self, encoded: Encoded) -> BoolArray:
+        unseen: BoolArray = encoded.class_index == len(self.schema_.classes)
+        return unseen
+
+    def _with_class(self, encoded: Encoded) -> Encoded:
+        """Rows of unknown class under their most probable one."""
+        unknown = self.model_.groups(encoded) == self.model_.n_classes
+        if not unknown.any():
+            return encoded
+        best = self.model_.class_probabilities(encoded).argmax(axis=1)
+        return encoded.of_class(np.where(unknown, best, encoded.class_index))
+
+    def _conditions_to_sample(self, n: int, condition: Any, seed: int) -> pd.DataFrame:
+        names = [c.name for c in self.schema_.conditions]
+        if condition is None:
+            if self.schema_.continuous_conditions:
+                raise ConditionError(f"sample needs condition=: values of {names}")
+            rng = np.random.default_rng(seed)
+            drawn = rng.choice(self.model_.n_classes, size=n, p=self.model_.class_frequency)
+            levels = [self.schema_.classes[k] for k in drawn]
+            return pd.DataFrame(levels, columns=names, index=range(n))
+        if not names:
+            raise ConditionError("condition= was passed, but this detector has no condition")
+        if isinstance(condition, (str, int, float, bool, np.generic)):
+            condition = [[condition] * len(names)] * n if len(names) == 1 else condition
+        elif isinstance(condition, tuple) and len(condition) == len(names):
+            condition = [list(condition)] * n
+        return condition_frame(condition, n, (), tuple(names))
+
+    def _encode_conditions(self, conditions: pd.DataFrame) -> tuple[IntArray, FloatArray]:
+        classes, continuous = self.model_.encoder.encode_conditions(conditions)
+        unknown = np.flatnonzero((classes < 0) | (classes >= self.model_.n_classes))
+        if unknown.size:
+            raise ConditionError(
+                f"no class {conditions.iloc[unknown[0]].tolist()}; there are {_shortened(self.schema_.class_names)}"
+            )
+        return classes, continuous
+
+    def _like_x(self, cells: pd.DataFrame, conditions: pd.DataFrame) -> Any:
+        """Cells of x with X's condition columns put back, in X's order: a frame, or an array as X was."""
+        layout = self.layout_
+        for name in layout.condition_columns:
+            cells[name] = conditions[name].to_numpy()
+        ordered = cells[[name for name in layout.columns if name not in layout.ignored]]
+        return ordered if layout.is_frame else ordered.to_numpy()
+
+    def _index(self, X: Any) -> pd.Index | None:
+        return to_frame(X).index if is_table(X) else None
+
+
+def _shortened(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -1,0 +1,157 @@
+"""What a user passes as X and condition, brought into one frame; sklearn's rules for names and shapes hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.utils.validation import validate_data
+
+from anomaly_cvae.errors import ConditionError, DataError, ParameterError
+from anomaly_cvae.frames import is_table, to_frame
+from anomaly_cvae.schema import Name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the table of `fit` was laid out, so that later tables are read, and generated ones written, alike.
+
+    ``columns`` are X's in order; ``passed_conditions`` came as ``condition=``; ``is_frame`` says whether
+    generated rows are a frame or an array.
+    """
+
+    columns: tuple[Name, ...]
+    condition_columns: tuple[Name, ...]
+    passed_conditions: tuple[Name, ...]
+    ignored: tuple[Name, ...]
+    is_frame: bool
+
+    @property
+    def conditions(self) -> tuple[Name, ...]:
+        """Names of all conditions."""
+        return self.condition_columns + self.passed_conditions
+
+
+def feature_frame(estimator: Any, X: Any, *, reset: bool) -> pd.DataFrame:
+    """X as a frame, checked against what `fit` saw; columns of an array are called x0, x1, …
+
+    Raises
+    ------
+    DataError, ValueError, TypeError
+        For duplicated, missing, extra or reordered columns, sparse data, wrong dimensions, no rows in fit.
+    """
+    if is_table(X):
+        frame = to_frame(X)
+        validate_data(estimator, frame, reset=reset, skip_check_array=True)
+        if frame.shape[1] == 0:
+            raise DataError(f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required: X has no columns")
+    elif _holds_text(X):
+        cells = np.asarray(X, dtype=object)
+        if cells.ndim != 2:
+            raise DataError(f"expected a 2D array, got {cells.ndim}D; reshape X to (rows, columns)")
+        validate_data(estimator, cells, reset=reset, skip_check_array=True)
+        frame = _named(cells).infer_objects()
+    else:
+        # Infinite cells are refused later, by name and row.
+        cells = validate_data(
+            estimator, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=int(reset)
+        )
+        frame = _named(cells)
+    if reset and len(frame) < 2:
+        raise DataError(f"n_samples = {len(frame)} (shape={frame.shape}); fit needs at least 2 rows")
+    return frame
+
+
+def _named(cells: np.ndarray[Any, np.dtype[Any]]) -> pd.DataFrame:
+    return pd.DataFrame(cells, columns=[f"x{i}" for i in range(cells.shape[1])])
+
+
+def _holds_text(X: Any) -> bool:
+    if not isinstance(X, (np.ndarray, list)) or (isinstance(X, np.ndarray) and X.dtype.kind not in "OU"):
+        return False
+    return any(isinstance(cell, str) for cell in np.asarray(X, dtype=object).ravel()[:10_000])
+
+
+def resolve_names(asked: Iterable[Name] | Name | None, frame: pd.DataFrame, parameter: str) -> tuple[Name, ...]:
+    """Turn names or positions into names of ``frame``'s columns.
+
+    Raises
+    ------
+    ParameterError
+        If there is no such column; the nearest name is suggested.
+    """
+    if asked is None:
+        return ()
+    names = [asked] if isinstance(asked, (str, int, np.integer)) else list(asked)
+    return tuple(_resolve(name, frame, parameter) for name in names)
+
+
+def _resolve(name: Name, frame: pd.DataFrame, parameter: str) -> Name:
+    if name in frame.columns:
+        return name
+    if isinstance(name, (int, np.integer)) and -frame.shape[1] <= name < frame.shape[1]:
+        found: Name = frame.columns[int(name)]
+        return found
+    near = get_close_matches(str(name), [str(column) for column in frame.columns], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; X has {', '.join(map(str, frame.columns[:20]))}"
+    raise ParameterError(f"{parameter}: X has no column {name!r}{hint}")
+
+
+def resolve_keys(asked: Any, frame: pd.DataFrame, parameter: str) -> dict[Name, str]:
+    """The same for a mapping from columns to words.
+
+    Raises
+    ------
+    ParameterError
+        If it is no mapping, or names no column.
+    """
+    if asked is None or (isinstance(asked, str) and asked == "auto"):
+        return {}
+    if not isinstance(asked, Mapping):
+        raise ParameterError(f"{parameter} must be 'auto' or a dict from column to word, not {asked!r}")
+    return {_resolve(name, frame, parameter): word for name, word in asked.items()}
+
+
+def condition_frame(condition: Any, n_rows: int, taken: Iterable[Name], names: tuple[Name, ...] = ()) -> pd.DataFrame:
+    """``condition=`` as a frame; names come from it, or are ``condition``, ``condition_1``, …
+
+    Raises
+    ------
+    ConditionError
+        If its length, width or names are not what is needed.
+    """
+    frame = _as_condition_frame(condition)
+    if len(frame) != n_rows:
+        raise ConditionError(f"condition has {len(frame)} rows but X has {n_rows}")
+    if names:
+        if frame.shape[1] != len(names):
+            raise ConditionError(f"condition has {frame.shape[1]} column(s), fit had {len(names)}: {list(names)}")
+        unnamed = not is_table(condition)
+        if not unnamed and set(frame.columns) == set(names):
+            return frame[list(names)]
+        return frame.set_axis(list(names), axis=1)
+    clash = set(frame.columns) & set(taken)
+    if clash:
+        raise ConditionError(f"condition and X both have {sorted(map(str, clash))}; name it in condition_columns instead")
+    return frame
+
+
+def _as_condition_frame(condition: Any) -> pd.DataFrame:
+    if is_table(condition):
+        return to_frame(condition).reset_index(drop=True)
+    if isinstance(condition, pd.Series):
+        name = condition.name if isinstance(condition.name, (str, int)) else "condition"
+        return condition.reset_index(drop=True).to_frame(name)
+    if hasattr(condition, "to_pandas"):
+        return condition.to_pandas().reset_index(drop=True).to_frame("condition")
+    cells = np.asarray(condition, dtype=None if isinstance(condition, np.ndarray) else object)
+    if cells.ndim == 1:
+        cells = cells[:, None]
+    if cells.ndim != 2:
+        raise ConditionError(f"condition must have one or two dimensions, not {cells.ndim}")
+    names = ["condition", *(f"condition_{q}" for q in range(1, cells.shape[1]))]
+    return pd.DataFrame(cells, columns=names[: cells.shape[1]]).infer_objects()

@@ -1,0 +1,81 @@
+"""Ranges of the detector's parameters, checked at the start of fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from anomaly_cvae.errors import ParameterError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "conditioning": ("shared", "per_class"),
+    "unseen_class": ("raise", "anomaly", "marginal"),
+    "missing_condition": ("raise", "marginal"),
+    "score_kind": ("elbo", "contrast", "both"),
+    "prior": ("aggregate", "standard", "learned"),
+    "objective": ("elbo", "iwae"),
+    "dtype": ("float32", "float64"),
+}
+WHOLE_FROM_ONE = ("n_estimators", "train_samples", "n_samples", "max_steps", "batch_size", "patience")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_)) and value >= 1
+
+
+def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], bool]:
+    def accepts(value: Any) -> bool:
+        if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+            return False
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        return bool(above and below)
+
+    return accepts
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{name: (_whole, "a whole number from 1 up") for name in WHOLE_FROM_ONE},
+    "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
+    "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
+    "input_noise": (_number(0, np.inf, open_high=True), "a number from 0 up"),
+    "mask_rate": (_number(0, 1), "a number in [0, 1]"),
+    "scale_floor": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
+    "learning_rate": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
+    "validation_fraction": (_number(0, 1, open_high=True), "a number in [0, 1)"),
+    "calibration_fraction": (_number(0, 1, open_high=True), "a number in [0, 1)"),
+    "contamination": (
+        lambda value: value == "auto" or _number(0, 0.5, open_low=True)(value),
+        "'auto' or a number in (0, 0.5]",
+    ),
+    "latent_dim": (lambda value: value == "auto" or _whole(value), "'auto' or a whole number from 1 up"),
+    "hidden_dims": (
+        lambda value: isinstance(value, (tuple, list)) and all(_whole(width) for width in value),
+        "a tuple of whole numbers from 1 up, such as (256, 256), or () for a linear model",
+    ),
+}
+
+
+def check_parameters(estimator: Any) -> None:
+    """Check every parameter of a detector.
+
+    Raises
+    ------
+    ParameterError
+        Naming the parameter, what it may be and what it is.
+    """
+    for name, choices in CHOICES.items():
+        value = getattr(estimator, name)
+        if value not in choices:
+            raise ParameterError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    for name, (accepts, description) in RANGES.items():
+        value = getattr(estimator, name)
+        if not accepts(value):
+            raise ParameterError(f"{name} must be {description}, not {value!r}")
+    if estimator.validation_fraction + estimator.calibration_fraction >= 1.0:
+        raise ParameterError("validation_fraction and calibration_fraction leave no rows for training")
+    if estimator.objective == "iwae" and estimator.train_samples < 2:
+        raise ParameterError("objective='iwae' needs train_samples of at least 2")

@@ -1,0 +1,14 @@
+"""Ready sets of parameters for `CVAEDetector`: ``CVAEDetector(**presets.FAST)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FAST: dict[str, Any] = {"n_estimators": 1, "hidden_dims": (128, 128), "max_steps": 1000, "batch_size": 128}
+"""Seconds on a laptop: for a first look, and for the demo."""
+
+BALANCED: dict[str, Any] = {}
+"""The defaults of `CVAEDetector`."""
+
+BEST: dict[str, Any] = {"n_estimators": 8, "max_steps": 4000, "n_samples": 8}
+"""More networks, longer training."""
