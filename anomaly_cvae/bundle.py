@@ -84,7 +84,8 @@ def load(path: str | Path, device: torch.device) -> Bundle:
     encoder = Encoder.from_json(description["encoder"])
     engine = _load_engine(description, encoder, load_file(folder / WEIGHTS), device)
     frequency = np.array(description["class_frequency"])
-    layout = Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in detector["layout"].items()})
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in detector["layout"].items()}
+    layout = Layout(**plain)
     return Bundle(
         model=FittedModel(encoder, engine, frequency, _load_calibration(folder)),
         layout=layout,
@@ -162,10 +163,13 @@ def _write(bundle: Bundle, folder: Path) -> None:
             "contamination": calibration.contamination,
             "rows": calibration.rows,
             "set_at": calibration.set_at,
+            "tolerance": calibration.tolerance,
         },
     )
-    arrays = [reference.to_arrays(kind) for kind, reference in calibration.references.items()]
-    np.savez_compressed(folder / SCORES, **{name: array for part in arrays for name, array in part.items()})
+    arrays: dict[str, Any] = {}
+    for kind, reference in calibration.references.items():
+        arrays |= reference.to_arrays(kind)
+    np.savez_compressed(folder / SCORES, **arrays)
 
 
 def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:

@@ -50,7 +50,8 @@ def rows_needed(false_alarm_rate: float) -> int:
 def conformal_p_values(scores: FloatArray, calibration: FloatArray) -> FloatArray:
     """(1 + #{s_i >= s}) / (n + 1) against sorted ``calibration`` scores (n,); Vovk et al. (2005)."""
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    return (1.0 + at_least) / (len(calibration) + 1.0)
+    p_values: FloatArray = (1.0 + at_least) / (len(calibration) + 1.0)
+    return p_values
 
 
 def conformal_threshold(calibration: FloatArray, false_alarm_rate: float) -> float:
@@ -208,7 +209,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Reference scores of each kind of score, and the rule that makes thresholds of them."""
+    """Reference scores of each kind of score, and the rule that makes thresholds of them.
+
+    ``tolerance`` (relative and absolute) is the rounding of the engine: a row must exceed a threshold by
+    more than that, so that a verdict never depends on the batch in which a row came.
+    """
 
     references: Mapping[str, Reference]
     group_names: tuple[str, ...]
@@ -216,12 +221,21 @@ class Calibration:
     contamination: float | None
     rows: str
     set_at: str
+    tolerance: float
 
     def thresholds(self, kind: str, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Threshold of each row's score of this kind, (N,)."""
         if self.contamination is not None:
-            return self.references[kind].quantile_thresholds(self.contamination)[groups]
-        return self.references[kind].thresholds(groups, observed, self.false_alarm_rate)
+            thresholds = self.references[kind].quantile_thresholds(self.contamination)[groups]
+        else:
+            thresholds = self.references[kind].thresholds(groups, observed, self.false_alarm_rate)
+        return thresholds + self.tolerance * (1.0 + np.abs(thresholds))
+
+    def p_values(self, kind: str, scores: FloatArray, groups: IntArray, observed: BoolArray) -> FloatArray:
+        """Conformal p-value of each row's score of this kind, (N,)."""
+        finite = np.nan_to_num(scores, posinf=np.finfo(np.float64).max)
+        lowered = finite - self.tolerance * (1.0 + np.abs(finite))
+        return self.references[kind].p_values(lowered, groups, observed, self.false_alarm_rate)
 
     def pooled_threshold(self, kind: str) -> float:
         """One threshold for all classes: the class's own where there is one, else that of the pooled raw scores."""
@@ -231,8 +245,10 @@ class Calibration:
             return float(self.thresholds(kind, np.zeros(1, dtype=np.int64), complete)[0])
         raw = np.sort(np.concatenate([self._raw(reference, g) for g in range(reference.n_classes)]))
         if self.contamination is not None:
-            return -float(np.percentile(-raw, 100.0 * self.contamination))
-        return conformal_threshold(raw, self.false_alarm_rate)
+            threshold = -float(np.percentile(-raw, 100.0 * self.contamination))
+        else:
+            threshold = conformal_threshold(raw, self.false_alarm_rate)
+        return threshold + self.tolerance * (1.0 + abs(threshold))
 
     @staticmethod
     def _raw(reference: Reference, group: int) -> FloatArray:
@@ -248,7 +264,7 @@ class Calibration:
             {
                 "threshold": self.thresholds(kind, groups, complete),
                 "calibration_rows": [len(own) for own in reference.scores[0]],
-                "guarantee": [self._guarantee(reference, group) for group in groups],
+                "guarantee": [self._guarantee(reference, int(group)) for group in groups],
                 "rule": self._rule(kind),
                 "set_at": self.set_at,
             },
@@ -289,7 +305,11 @@ def location_and_scale(own: FloatArray, typical: tuple[float, float]) -> tuple[f
 def _typical_scale(groups: Sequence[FloatArray]) -> tuple[float, float]:
     quantiles = [np.quantile(own, [0.5, 0.9]) for own in groups if len(own)]
     locations = [float(middle) for middle, _ in quantiles]
-    spreads = [float(high - middle) for (middle, high), own in zip(quantiles, filter(len, groups), strict=True) if len(own) >= 5]
+    spreads = [
+        float(high - middle)
+        for (middle, high), own in zip(quantiles, filter(len, groups), strict=True)
+        if len(own) >= 5
+    ]
     if not spreads:
         spreads = [float(np.subtract(*np.quantile(np.concatenate(list(groups)), [0.9, 0.5])))]
     return float(np.median(locations)), max(float(np.median(spreads)), LEAST_SCALE)

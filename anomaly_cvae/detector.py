@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_cvae import bundle, explain, generation
-from anomaly_cvae.calibration import select_discoveries
+from anomaly_cvae.calibration import Calibration, select_discoveries
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded, Encoder
 from anomaly_cvae.errors import ConditionError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind
@@ -182,9 +182,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         encoder = Encoder.fit(self.schema_, frame, likelihoods)
         encoded = encoder.encode(frame)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
-            fit = fit_model(
-                encoder, encoded, self._fit_settings(), check_random_state(self.random_state), reporter
-            )
+            fit = fit_model(encoder, encoded, self._fit_settings(), check_random_state(self.random_state), reporter)
         self.model_ = fit.model
         self.history_ = self._history(fit.training)
         self.split_: Split = fit.split
@@ -203,7 +201,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         both = sorted(map(str, set(in_x) & set(ignored)))
         if both:
             raise ParameterError(f"{both} stand in condition_columns and in ignore_columns; keep one")
-        frame, passed = features, ()
+        frame, passed = features, tuple[Name, ...]()
         if condition is not None:
             extra = condition_frame(condition, len(features), features.columns)
             passed = tuple(extra.columns)
@@ -218,7 +216,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         outside = {*layout.condition_columns, *layout.ignored}
         names = [name for name in features.columns if name not in outside]
         if not names:
-            raise ParameterError("no column is left for x: all are conditions or ignored")
+            raise ParameterError(
+                f"no column is left for x: X has n_features = {features.shape[1]}, all of them conditions or ignored"
+            )
         conditions = tuple(infer_condition(frame[name], name, kinds.get(name)) for name in layout.conditions)
         columns = tuple(infer_column(frame[name], name, kinds.get(name)) for name in names)
         for column in columns:
@@ -324,7 +324,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
     def predict(self, X: Any, *, condition: Any = None) -> IntArray:
         """+1 for normal rows, -1 for anomalies, (N,)."""
-        return np.where(self.decision_function(X, condition=condition) >= 0, 1, -1)
+        normal = self.decision_function(X, condition=condition) >= 0
+        return np.where(normal, 1, -1).astype(np.int64)
 
     def fit_predict(self, X: Any, y: Any = None, *, condition: Any = None) -> IntArray:
         """`fit` and `predict` on the same rows."""
@@ -340,9 +341,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         scores = self.model_.scores(encoded, self._kind())
         if self.unseen_class == "anomaly":
             scores = np.where(self._is_unseen(encoded), np.inf, scores)
-        calibration = self._calibration()
-        reference = calibration.references[self._kind()]
-        return reference.p_values(scores, groups, encoded.observed, calibration.false_alarm_rate)
+        return self._calibration().p_values(self._kind(), scores, groups, encoded.observed)
 
     def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
         """Rows to report, (N,), so that at most this share of them is expected to be normal (Benjamini-Hochberg)."""
@@ -401,9 +400,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     def impute(self, X: Any, *, condition: Any = None) -> Any:
         """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        expected = self.model_.encoder.decode(
-            generation.impute(self.model_, self._with_class(encoded)), frame.index
-        )
+        expected = self.model_.encoder.decode(generation.impute(self.model_, self._with_class(encoded)), frame.index)
         names = self.schema_.names
         return self._like_x(frame[names].where(frame[names].notna(), expected), frame)
 
@@ -431,9 +428,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
     # ------------------------------------------------------------------ thresholds
 
-    def recalibrate(
-        self, X: Any = None, *, condition: Any = None, false_alarm_rate: float | None = None
-    ) -> Self:
+    def recalibrate(self, X: Any = None, *, condition: Any = None, false_alarm_rate: float | None = None) -> Self:
         """Set thresholds anew without training.
 
         With ``X``, normals that neither training nor early stopping used, reference scores are made from
@@ -507,7 +502,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
+        # A missing cell of x is fine; a missing condition is not, unless asked to be averaged over.
+        tags.input_tags.allow_nan = self.condition_columns is None
         return tags
 
     def _kind(self) -> ScoreKind:
@@ -517,7 +513,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             self.model_.require_contrast()
         return self.score_kind  # type: ignore[return-value]  # checked above
 
-    def _calibration(self) -> Any:
+    def _calibration(self) -> Calibration:
         check_is_fitted(self)
         assert self.model_.calibration is not None
         return self.model_.calibration

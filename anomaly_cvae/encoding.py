@@ -63,9 +63,7 @@ class Encoded:
 
     def take(self, rows: IntArray | BoolArray) -> Encoded:
         """The rows asked for, in that order."""
-        return Encoded(
-            self.values[rows], self.observed[rows], self.class_index[rows], self.continuous[rows]
-        )
+        return Encoded(self.values[rows], self.observed[rows], self.class_index[rows], self.continuous[rows])
 
     def hide(self, cells: BoolArray) -> Encoded:
         """The same rows with ``cells`` (N, D) missing as well."""
@@ -94,9 +92,7 @@ class Encoder:
         """Learn scaling from ``frame``; ``likelihoods`` overrides the default head of a column."""
         fitted = [_fit_column(c, frame[c.name], likelihoods.get(c.name)) for c in schema.columns]
         order = tuple(sorted(range(len(fitted)), key=lambda i: fitted[i].likelihood))
-        scales = [
-            _center_and_scale(numeric_cells(frame[c.name], c.name)) for c in schema.continuous_conditions
-        ]
+        scales = [_center_and_scale(numeric_cells(frame[c.name], c.name)) for c in schema.continuous_conditions]
         return cls(
             schema=schema,
             columns=tuple(fitted[i] for i in order),
@@ -142,7 +138,7 @@ class Encoder:
             cells = numeric_cells(frame[condition.name], condition.name)
             if np.isnan(cells).any():
                 raise ConditionError(
-                    f"condition {condition.name!r} is missing in row {int(np.flatnonzero(np.isnan(cells))[0])}; "
+                    f"condition {condition.name!r} is missing (NaN) in row {int(np.flatnonzero(np.isnan(cells))[0])}; "
                     "a conditional model never scores without its condition"
                 )
             encoded[:, q] = (cells - self.continuous_center[q]) / self.continuous_scale[q]

@@ -38,7 +38,12 @@ def _marginal_column_scores(model: FittedModel, encoded: Encoded) -> ColumnScore
 
 
 def top_columns(
-    model: FittedModel, encoded: Encoded, observed_cells: pd.DataFrame, n_top: int, rng_seed: int, n_draws: int
+    model: FittedModel,
+    encoded: Encoded,
+    observed_cells: pd.DataFrame,
+    n_top: int,
+    rng_seed: int,
+    n_draws: int,
 ) -> pd.DataFrame:
     """The ``n_top`` most surprising columns of every row, one line each.
 

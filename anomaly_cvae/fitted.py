@@ -80,13 +80,21 @@ class FittedModel:
         return probabilities
 
     def calibrate(
-        self, encoded: Encoded, *, false_alarm_rate: float, contamination: float | None, rows: str, set_at: str,
+        self,
+        encoded: Encoded,
+        *,
+        false_alarm_rate: float,
+        contamination: float | None,
+        rows: str,
+        set_at: str,
         rng: np.random.Generator,
     ) -> FittedModel:
         """The same model with reference scores from ``encoded`` normals."""
         names = self.encoder.schema.class_names + ([MARGINAL] if self.n_classes > 1 else [])
         references = self._references(encoded, rng, with_levels=contamination is None)
-        calibration = Calibration(references, tuple(names), false_alarm_rate, contamination, rows, set_at)
+        calibration = Calibration(
+            references, tuple(names), false_alarm_rate, contamination, rows, set_at, self.engine.tolerance
+        )
         return replace(self, calibration=calibration)
 
     def _negative_elbo(self, encoded: Encoded) -> FloatArray:
@@ -109,12 +117,17 @@ class FittedModel:
         return self._own(by_class, groups) - self._marginal(by_class)
 
     def _larger(
-        self, elbo: FloatArray, contrast: FloatArray, groups: IntArray, observed: BoolArray,
+        self,
+        elbo: FloatArray,
+        contrast: FloatArray,
+        groups: IntArray,
+        observed: BoolArray,
         references: dict[str, Reference] | None = None,
     ) -> FloatArray:
         known = references or (self.calibration.references if self.calibration else {})
         return np.maximum(
-            known["elbo"].calibrated(elbo, groups, observed), known["contrast"].calibrated(contrast, groups, observed)
+            known["elbo"].calibrated(elbo, groups, observed),
+            known["contrast"].calibrated(contrast, groups, observed),
         )
 
     def _references(self, encoded: Encoded, rng: np.random.Generator, with_levels: bool) -> dict[str, Reference]:
@@ -132,8 +145,11 @@ class FittedModel:
             both = [
                 {
                     marginal: self._larger(
-                        scores["elbo"][marginal], scores["contrast"][marginal],
-                        self._group_of(rows, marginal), rows.observed, references,
+                        scores["elbo"][marginal],
+                        scores["contrast"][marginal],
+                        self._group_of(rows, marginal),
+                        rows.observed,
+                        references,
                     )
                     for marginal in (False, True)
                 }
@@ -169,7 +185,11 @@ class FittedModel:
         }
 
     def _reference(
-        self, levels: IntArray, rows: list[Encoded], scores: list[dict[bool, FloatArray]], offsets: FloatArray | None
+        self,
+        levels: IntArray,
+        rows: list[Encoded],
+        scores: list[dict[bool, FloatArray]],
+        offsets: FloatArray | None,
     ) -> Reference:
         blank = Reference(levels, ((),) * len(levels), offsets, self.n_classes)
         sorted_scores = tuple(
@@ -203,4 +223,5 @@ class FittedModel:
 def _mean_of_observed(columns: FloatArray, observed: BoolArray) -> FloatArray:
     count = observed.sum(axis=0)
     total = np.where(observed, columns, 0.0).sum(axis=0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return mean

@@ -88,7 +88,11 @@ def fit_model(
     check_class_sizes(encoded.class_index, encoder, settings)
     held_out = 0.0 if settings.contamination is not None else settings.calibration_fraction
     split = split_rows(
-        encoded.class_index, n_classes, settings.validation_fraction, held_out, np.random.default_rng(seeds[0])
+        encoded.class_index,
+        n_classes,
+        settings.validation_fraction,
+        held_out,
+        np.random.default_rng(seeds[0]),
     )
     engine = build_engine(encoder, encoded, settings, int(seeds[1]))
     training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch)

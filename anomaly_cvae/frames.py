@@ -101,8 +101,7 @@ def numeric_cells(cells: pd.Series, name: object) -> FloatArray:
     if cell_type(cells, name) == "string":
         first = cells.dropna().iloc[0]
         raise DataError(
-            f"column {name!r} was numeric in training but holds text, for instance {first!r}; "
-            "convert it to numbers"
+            f"column {name!r} was numeric in training but holds text, for instance {first!r}; convert it to numbers"
         )
     try:
         values = cells.to_numpy(dtype=np.float64, na_value=np.nan)

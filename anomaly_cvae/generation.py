@@ -13,9 +13,7 @@ from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.scoring import ScoringEngine
 
 
-def sample(
-    model: FittedModel, class_index: IntArray, continuous: FloatArray, generator: torch.Generator
-) -> FloatArray:
+def sample(model: FittedModel, class_index: IntArray, continuous: FloatArray, generator: torch.Generator) -> FloatArray:
     """Draw one row per entry of ``class_index`` (N,): encoded values (N, D).
 
     z comes from the prior that scoring uses (the aggregate posterior of the class where there is one), a
@@ -30,9 +28,7 @@ def sample(
     return values
 
 
-def _sample_class(
-    engine: ScoringEngine, k: int, continuous: FloatArray, generator: torch.Generator
-) -> FloatArray:
+def _sample_class(engine: ScoringEngine, k: int, continuous: FloatArray, generator: torch.Generator) -> FloatArray:
     n, members = len(continuous), engine.members_of(k)
     condition = engine.condition(k, continuous)
     z = _sample_prior(engine, k, n, condition, generator)

@@ -58,7 +58,7 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool) -> pd.DataFrame:
     else:
         # Infinite cells are refused later, by name and row.
         cells = validate_data(
-            estimator, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=int(reset)
+            estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False, ensure_min_samples=int(reset)
         )
         frame = _named(cells)
     if reset and len(frame) < 2:
@@ -136,7 +136,9 @@ def condition_frame(condition: Any, n_rows: int, taken: Iterable[Name], names: t
         return frame.set_axis(list(names), axis=1)
     clash = set(frame.columns) & set(taken)
     if clash:
-        raise ConditionError(f"condition and X both have {sorted(map(str, clash))}; name it in condition_columns instead")
+        raise ConditionError(
+            f"condition and X both have {sorted(map(str, clash))}; name it in condition_columns instead"
+        )
     return frame
 
 
@@ -147,7 +149,8 @@ def _as_condition_frame(condition: Any) -> pd.DataFrame:
         name = condition.name if isinstance(condition.name, (str, int)) else "condition"
         return condition.reset_index(drop=True).to_frame(name)
     if hasattr(condition, "to_pandas"):
-        return condition.to_pandas().reset_index(drop=True).to_frame("condition")
+        series: pd.Series = condition.to_pandas()
+        return series.reset_index(drop=True).to_frame("condition")
     cells = np.asarray(condition, dtype=None if isinstance(condition, np.ndarray) else object)
     if cells.ndim == 1:
         cells = cells[:, None]

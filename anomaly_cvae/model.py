@@ -94,18 +94,17 @@ class CVAE(nn.Module):
         return [head for head in self.heads if isinstance(head, Likelihood)]
 
     def _columns_by_head(self, values: Tensor) -> tuple[Tensor, ...]:
-        return values.split([head.n_columns for head in self._heads()], dim=-1)
+        return torch.split(values, [head.n_columns for head in self._heads()], dim=-1)
 
     def _parameters_by_head(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        return outputs.split([head.n_parameters for head in self._heads()], dim=-1)
+        return torch.split(outputs, [head.n_parameters for head in self._heads()], dim=-1)
 
     def encode(self, batch: Batch, members: slice = ALL) -> DiagonalNormal:
         """q(z | x, c) of each row under each member, (M, N, Z)."""
         blocks = self._columns_by_head(batch.values)
         masks = [None] * len(blocks) if batch.observed is None else self._columns_by_head(batch.observed)
         features = [
-            head.features(values, observed)
-            for head, values, observed in zip(self._heads(), blocks, masks, strict=True)
+            head.features(values, observed) for head, values, observed in zip(self._heads(), blocks, masks, strict=True)
         ]
         if self.architecture.missing_indicators:
             features.append(torch.ones_like(batch.values) if batch.observed is None else batch.observed)
@@ -125,16 +124,14 @@ class CVAE(nn.Module):
     def decode(self, z: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
         """Parameters of p(x | z, c) for samples (M, S, N, Z): (M, S, N, P)."""
         outputs: Tensor = self.decoder(z.flatten(1, 2), condition, members)
-        return outputs.unflatten(1, z.shape[1:3])
+        return outputs.reshape(*outputs.shape[:1], *z.shape[1:3], outputs.shape[-1])
 
     def log_prob(self, parameters: Tensor, batch: Batch) -> Tensor:
         """log p(x | z, c) per column, (M, S, N, D); 0 where the cell is missing."""
         values = self._columns_by_head(batch.values.unsqueeze(1))
         parts = [
             head.log_prob(block, cells)
-            for head, block, cells in zip(
-                self._heads(), self._parameters_by_head(parameters), values, strict=True
-            )
+            for head, block, cells in zip(self._heads(), self._parameters_by_head(parameters), values, strict=True)
         ]
         log_prob = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         if batch.observed is None:

@@ -23,22 +23,23 @@ WHOLE_FROM_ONE = ("n_estimators", "train_samples", "n_samples", "max_steps", "ba
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_)) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, (bool, np.bool_)) and int(value) >= 1
 
 
 def _number(low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> Callable[[Any], bool]:
     def accepts(value: Any) -> bool:
         if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
             return False
-        above = value > low if open_low else value >= low
-        below = value < high if open_high else value <= high
-        return bool(above and below)
+        number = float(value)
+        above = number > low if open_low else number >= low
+        below = number < high if open_high else number <= high
+        return above and below
 
     return accepts
 
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **{name: (_whole, "a whole number from 1 up") for name in WHOLE_FROM_ONE},
+    **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
     "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
     "input_noise": (_number(0, np.inf, open_high=True), "a number from 0 up"),

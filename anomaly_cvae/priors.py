@@ -171,7 +171,8 @@ def _cluster(mean: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     distinct = len(np.unique(mean, axis=0))
     kmeans = KMeans(min(n_clusters, distinct), n_init=1, max_iter=20, random_state=seed)
     labels = kmeans.fit(mean).labels_
-    return np.unique(labels, return_inverse=True)[1]  # k-means may leave a cluster empty
+    used: np.ndarray = np.unique(labels, return_inverse=True)[1]  # k-means may leave a cluster empty
+    return used
 
 
 def _mean_by_label(values: np.ndarray, labels: np.ndarray, count: np.ndarray) -> np.ndarray:

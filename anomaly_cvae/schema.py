@@ -221,7 +221,7 @@ def infer_condition(cells: pd.Series, name: Name, asked: str | None = None) -> C
     content = cell_type(cells, name)
     if cells.isna().any():
         row = int(np.flatnonzero(cells.isna().to_numpy())[0])
-        raise ConditionError(f"condition {name!r} is missing in row {row}; fill it or drop the row for training")
+        raise ConditionError(f"condition {name!r} is missing (NaN) in row {row}; fill it or drop the row for training")
     kind, reason = ("", "asked for") if asked else _infer_condition_kind(cells, name, content)
     kind = asked or kind
     if kind == "continuous":

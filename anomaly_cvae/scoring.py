@@ -42,7 +42,8 @@ class ColumnScores:
     @property
     def total(self) -> FloatArray:
         """The negative ELBO, (N,)."""
-        return self.columns.sum(axis=1) + self.kl
+        total: FloatArray = self.columns.sum(axis=1) + self.kl
+        return total
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class ScoringEngine:
     def device(self) -> torch.device:
         """Where the bank lives."""
         return self.noise.device
+
+    @property
+    def tolerance(self) -> float:
+        """How far, relative and absolute, two scores of one row may lie apart: rounding depends on the batch."""
+        return 1e-10 if self.noise.dtype == torch.float64 else 1e-5
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Mean over members of the negative ELBO under each row's own class, (N,), nats.
@@ -189,7 +195,7 @@ class ScoringEngine:
 
     def _chunk_size(self, members: slice) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
-        hidden = max([*self.model.architecture.hidden_dims, self.model.architecture.latent_dim, 1])
+        hidden = max(*self.model.architecture.hidden_dims, 1, self.model.architecture.latent_dim)
         width = max(hidden, self.model.decoder.layers[-1].get_parameter("weight").shape[-1])
         per_row = (members.stop - members.start) * len(self.noise) * width
         return max(32, CHUNK_NUMBERS[self.device.type] // per_row)
@@ -201,12 +207,13 @@ class ScoringEngine:
 
 def low_discrepancy_normal(n_samples: int, latent_dim: int, seed: int) -> FloatArray:
     """Scrambled Sobol points mapped to N(0, I), (S, Z); from two samples on, mean 0 and variance 1 per unit."""
-    sobol = torch.quasirandom.SobolEngine(latent_dim, scramble=True, seed=seed)
+    sobol = torch.quasirandom.SobolEngine(latent_dim, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch has no types here
     points: FloatArray = norm.ppf(np.clip(sobol.draw(n_samples, dtype=torch.float64).numpy(), 1e-6, 1 - 1e-6))
     if n_samples == 1:
         return points
     points = points - points.mean(axis=0)
-    return points / np.maximum(points.std(axis=0), 1e-6)
+    standard: FloatArray = points / np.maximum(points.std(axis=0), 1e-6)
+    return standard
 
 
 def resolve_device(device: str, dtype: torch.dtype) -> torch.device:

@@ -93,9 +93,7 @@ def train(
     TrainingDivergedError
         When a loss is not finite; names the column and the step. The model has its best weights.
     """
-    loop = _Loop(
-        model, rows, training_rows, validation_rows, settings, generator, validation_noise, describe
-    )
+    loop = _Loop(model, rows, training_rows, validation_rows, settings, generator, validation_noise, describe)
     try:
         stopped_by = loop.run(on_epoch)
     except KeyboardInterrupt:
@@ -189,7 +187,10 @@ class _Loop:
 
         def uniform(n: int) -> Tensor:
             return torch.rand(
-                (members, n_rows, n), generator=self.generator, device=batch.values.device, dtype=batch.values.dtype
+                (members, n_rows, n),
+                generator=self.generator,
+                device=batch.values.device,
+                dtype=batch.values.dtype,
             )
 
         hidden_share = torch.where(uniform(1) < self.settings.mask_rate, uniform(1), 0.0)

@@ -50,7 +50,7 @@ class Categorical(Likelihood):
         """(…, P) -> (…, D, widest), -inf beyond a column's own levels."""
         padded = parameters.new_full((*parameters.shape[:-1], self.n_columns * self.widest), -torch.inf)
         padded = padded.index_copy(-1, self.slot, parameters)
-        return torch.log_softmax(padded.unflatten(-1, (self.n_columns, self.widest)), dim=-1)
+        return torch.log_softmax(padded.reshape(*padded.shape[:-1], self.n_columns, self.widest), dim=-1)
 
     def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
         """log softmax at the code + log(1 - e), or log e for an unknown level."""
