@@ -251,5 +251,5 @@ def _to_plain(value: Any) -> Any:
 
 def _from_plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: word for key, word in value["pairs"]}
+        return dict(value["pairs"])
     return tuple(_from_plain(item) for item in value) if isinstance(value, list) else value

@@ -50,8 +50,7 @@ def rows_needed(false_alarm_rate: float) -> int:
 def conformal_p_values(scores: FloatArray, calibration: FloatArray) -> FloatArray:
     """(1 + #{s_i >= s}) / (n + 1) against sorted ``calibration`` scores (n,); Vovk et al. (2005)."""
     at_least = len(calibration) - np.searchsorted(calibration, scores, side="left")
-    p_values: FloatArray = (1.0 + at_least) / (len(calibration) + 1.0)
-    return p_values
+    return (1.0 + at_least.astype(np.float64)) / (len(calibration) + 1.0)
 
 
 def conformal_threshold(calibration: FloatArray, false_alarm_rate: float) -> float:

@@ -315,21 +315,17 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         A row with missing cells has a threshold of its own: that of normals missing as many cells.
         """
         encoded = self._encode(X, condition)
-        groups = self.model_.groups(encoded)
-        scores = self.model_.scores(encoded, self._kind())
-        decision = self._thresholds(groups, encoded.observed) - scores
-        if self.unseen_class == "anomaly":
-            return np.where(self._is_unseen(encoded), np.minimum(decision, FLAGGED), decision)
-        return decision
+        return self._decisions(encoded, self.model_.scores(encoded, self._kind()))
 
     def predict(self, X: Any, *, condition: Any = None) -> IntArray:
         """+1 for normal rows, -1 for anomalies, (N,)."""
         normal = self.decision_function(X, condition=condition) >= 0
-        return np.where(normal, 1, -1).astype(np.int64)
+        return np.where(normal, np.int64(1), np.int64(-1))
 
     def fit_predict(self, X: Any, y: Any = None, *, condition: Any = None) -> IntArray:
         """`fit` and `predict` on the same rows."""
-        return self.fit(X, y, condition=condition).predict(X, condition=condition)
+        self.fit(X, y, condition=condition)
+        return self.predict(X, condition=condition)
 
     def p_values(self, X: Any, *, condition: Any = None) -> FloatArray:
         """Conformal p-value of each row among its class's held-out normals, (N,).
@@ -337,11 +333,39 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         A row of a class not seen in training, under ``unseen_class="anomaly"``, has the least one.
         """
         encoded = self._encode(X, condition)
-        groups = self.model_.groups(encoded)
-        scores = self.model_.scores(encoded, self._kind())
-        if self.unseen_class == "anomaly":
-            scores = np.where(self._is_unseen(encoded), np.inf, scores)
-        return self._calibration().p_values(self._kind(), scores, groups, encoded.observed)
+        return self._p_values(encoded, self.model_.scores(encoded, self._kind()))
+
+    def score_table(
+        self, X: Any, *, condition: Any = None, contrast: bool = False, top_column: bool = False
+    ) -> pd.DataFrame:
+        """Everything that a scored row carries, in one pass: one line per row of X.
+
+        Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
+        ``is_anomaly``; on request ``contrast`` (nats), ``top_column`` and ``top_nats``.
+        """
+        encoded = self._encode(X, condition)
+        kind: ScoreKind = self._kind()
+        scores = self.model_.scores_of_kinds(encoded, {"elbo", kind, *(("contrast",) if contrast else ())})
+        decisions = self._decisions(encoded, scores[kind])
+        names = np.array([*self.schema_.class_names, None], dtype=object)
+        table = pd.DataFrame(
+            {
+                "condition": self._class_labels(X, condition, encoded, names),
+                "negative_elbo": scores["elbo"],
+                "score": scores[kind],
+                "threshold": self._thresholds(encoded),
+                "p_value": self._p_values(encoded, scores[kind]),
+                "is_anomaly": decisions < 0,
+            },
+            index=self._index(X),
+        )
+        if contrast:
+            table["contrast"] = scores["contrast"]
+        if top_column:
+            nats = explain.column_scores(self.model_, encoded).columns
+            table["top_column"] = [self.schema_.names[d] for d in nats.argmax(axis=1)]
+            table["top_nats"] = nats.max(axis=1)
+        return table
 
     def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
         """Rows to report, (N,), so that at most this share of them is expected to be normal (Benjamini-Hochberg)."""
@@ -518,9 +542,29 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         assert self.model_.calibration is not None
         return self.model_.calibration
 
-    def _thresholds(self, groups: IntArray, observed: BoolArray) -> FloatArray:
-        thresholds: FloatArray = self._calibration().thresholds(self._kind(), groups, observed)
-        return thresholds
+    def _thresholds(self, encoded: Encoded) -> FloatArray:
+        return self._calibration().thresholds(self._kind(), self.model_.groups(encoded), encoded.observed)
+
+    def _decisions(self, encoded: Encoded, scores: FloatArray) -> FloatArray:
+        decisions = self._thresholds(encoded) - scores
+        if self.unseen_class == "anomaly":
+            return np.where(self._is_unseen(encoded), np.minimum(decisions, FLAGGED), decisions)
+        return decisions
+
+    def _p_values(self, encoded: Encoded, scores: FloatArray) -> FloatArray:
+        if self.unseen_class == "anomaly":
+            scores = np.where(self._is_unseen(encoded), np.inf, scores)
+        return self._calibration().p_values(self._kind(), scores, self.model_.groups(encoded), encoded.observed)
+
+    def _class_labels(self, X: Any, condition: Any, encoded: Encoded, names: npt.NDArray[np.object_]) -> Any:
+        """Class names of the rows; a class not seen in training is named by its own levels."""
+        labels = names[self.model_.groups(encoded)]
+        unseen = np.flatnonzero(self._is_unseen(encoded))
+        if unseen.size:
+            conditions = [c.name for c in self.schema_.categorical_conditions]
+            cells = self._frame(X, condition)[conditions].iloc[unseen]
+            labels[unseen] = [", ".join(map(str, levels)) for levels in cells.itertuples(index=False)]
+        return labels
 
     def _features(self, X: Any, *, need_condition: bool = True) -> pd.DataFrame:
         check_is_fitted(self)

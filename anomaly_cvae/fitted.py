@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from scipy.special import logsumexp
@@ -55,15 +55,22 @@ class FittedModel:
         ConditionError
             If the contrast is asked for where no other class could have been claimed.
         """
-        if kind == "elbo":
-            return self._negative_elbo(encoded)
+        return self.scores_of_kinds(encoded, {kind})[kind]
+
+    def scores_of_kinds(self, encoded: Encoded, kinds: set[ScoreKind]) -> dict[ScoreKind, FloatArray]:
+        """Several kinds of scores in one pass over the classes."""
+        if kinds == {"elbo"}:
+            return {"elbo": self._negative_elbo(encoded)}
         self.require_contrast()
         by_class = self.engine.class_negative_elbo(encoded)
         groups = self.groups(encoded)
-        elbo, contrast = self._own(by_class, groups), self._contrast(by_class, groups)
-        if kind == "contrast":
-            return contrast
-        return self._larger(elbo, contrast, groups, encoded.observed)
+        scores: dict[ScoreKind, FloatArray] = {
+            "elbo": self._own(by_class, groups),
+            "contrast": self._contrast(by_class, groups),
+        }
+        if "both" in kinds:
+            scores["both"] = self._larger(scores["elbo"], scores["contrast"], groups, encoded.observed)
+        return scores
 
     def require_contrast(self) -> None:
         """Raise unless a contrast exists."""
@@ -217,11 +224,11 @@ class FittedModel:
             mean = _mean_of_observed(columns[own], encoded.observed[own])
             per_class.append(np.where(np.isnan(mean), everyone, mean))
         groups = [*per_class, everyone] if self.n_classes > 1 else per_class
-        return np.nan_to_num(np.stack(groups))
+        means: FloatArray = np.nan_to_num(np.stack(groups))
+        return means
 
 
 def _mean_of_observed(columns: FloatArray, observed: BoolArray) -> FloatArray:
     count = observed.sum(axis=0)
     total = np.where(observed, columns, 0.0).sum(axis=0)
-    mean: FloatArray = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    return mean
+    return cast(FloatArray, np.where(count > 0, total / np.maximum(count, 1), np.nan))

@@ -178,4 +178,5 @@ def _cluster(mean: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
 def _mean_by_label(values: np.ndarray, labels: np.ndarray, count: np.ndarray) -> np.ndarray:
     total = np.zeros((len(count), values.shape[1]))
     np.add.at(total, labels, values)
-    return total / count[:, None]
+    mean: np.ndarray = total / count[:, None]
+    return mean

@@ -196,9 +196,9 @@ class ScoringEngine:
     def _chunk_size(self, members: slice) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
         hidden = max(*self.model.architecture.hidden_dims, 1, self.model.architecture.latent_dim)
-        width = max(hidden, self.model.decoder.layers[-1].get_parameter("weight").shape[-1])
+        width = max(hidden, self.model.decoder.layers[-1].get_parameter("bias").shape[-1])
         per_row = (members.stop - members.start) * len(self.noise) * width
-        return max(32, CHUNK_NUMBERS[self.device.type] // per_row)
+        return max(32, CHUNK_NUMBERS[self.device.type] // int(per_row))
 
     def _terms(self, chunk: Chunk) -> Terms:
         prior = None if self.aggregate is None else self.aggregate.select(chunk.members, chunk.group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class StackedMLP(nn.Module):
         widths = [n_in, *hidden_dims, n_out]
         self.layers = nn.ModuleList(
             StackedLinear(n_members, a, b, n_conditions, generator)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            for a, b in pairwise(widths)
         )
         with torch.no_grad():
             self.layers[-1].get_parameter("weight").mul_(0.1)
