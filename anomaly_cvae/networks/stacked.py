@@ -55,8 +55,7 @@ class StackedMLP(nn.Module):
         super().__init__()
         widths = [n_in, *hidden_dims, n_out]
         self.layers = nn.ModuleList(
-            StackedLinear(n_members, a, b, n_conditions, generator)
-            for a, b in pairwise(widths)
+            StackedLinear(n_members, a, b, n_conditions, generator) for a, b in pairwise(widths)
         )
         with torch.no_grad():
             self.layers[-1].get_parameter("weight").mul_(0.1)

@@ -1,0 +1,144 @@
+"""Figures from arrays; nothing is computed here but positions and colours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from anomaly_cvae.errors import MissingDependencyError
+from anomaly_cvae.frames import BoolArray, FloatArray
+from anomaly_cvae.metrics import Curves
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2937"
+NORMAL = "#4b7bb5"
+ANOMALY = "#d1495b"
+GRID = "#e5e7eb"
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure that belongs to no global state.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("figures need matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def roc_and_pr(curves: Mapping[str, Curves], areas: Mapping[str, tuple[float, float]]) -> Figure:
+    """ROC and precision-recall curves side by side; ``areas`` (AUROC, average precision) go into the legends."""
+    drawn = figure(10, 4.4)
+    roc, pr = drawn.subplots(1, 2)
+    for name, curve in curves.items():
+        auroc, precision = areas[name]
+        roc.plot(curve.false_positive_rate, curve.true_positive_rate, label=f"{name}  {auroc:.3f}", lw=1.8)
+        pr.plot(curve.recall, curve.precision, label=f"{name}  {precision:.3f}", lw=1.8)
+    roc.plot([0, 1], [0, 1], color="#9ca3af", lw=1, ls=":")
+    _label(roc, "ROC (area)", "false-positive rate", "true-positive rate")
+    _label(pr, "Precision-recall (average precision)", "recall", "precision")
+    roc.legend(loc="lower right", fontsize=8)
+    pr.legend(loc="lower left", fontsize=8)
+    return drawn
+
+
+def score_histograms(scores: FloatArray, is_anomaly: BoolArray, classes: np.ndarray, thresholds: pd.Series) -> Figure:
+    """One histogram of scores per class, normals and anomalies, with the class's threshold."""
+    names = [name for name in thresholds.index if (classes == name).any()]
+    if not names:
+        raise ValueError(
+            f"no class of the rows has a threshold: {sorted(set(classes))} against {list(thresholds.index)}"
+        )
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    drawn = figure(2.4 * columns, 1.8 * rows + 0.5)
+    axes = np.atleast_1d(drawn.subplots(rows, columns, sharey=True)).ravel()
+    low, high = np.quantile(scores, [0.0, 0.97])
+    bins = np.linspace(low, max(high, float(thresholds.max())) * 1.05, 30).tolist()
+    for name, axis in zip(names, axes, strict=False):
+        own = classes == name
+        shown = np.clip(scores[own], bins[0], bins[-1])
+        axis.hist(shown[~is_anomaly[own]], bins, color=NORMAL, alpha=0.75, label="normal")
+        axis.hist(shown[is_anomaly[own]], bins, color=ANOMALY, alpha=0.6, label="anomaly")
+        axis.axvline(thresholds[name], color=INK, lw=1.2, label="threshold")
+        axis.set_title(f"class {name}", fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    axes[0].legend(fontsize=7)
+    drawn.supxlabel("score (larger ones are drawn in the last bin)", fontsize=9)
+    drawn.supylabel("rows", fontsize=9)
+    return drawn
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """Training and held-out negative ELBO per epoch."""
+    drawn = figure(6, 3.6)
+    axis = drawn.subplots()
+    axis.plot(history["step"], history["train_negative_elbo"], color=NORMAL, label="training")
+    axis.plot(history["step"], history["validation_negative_elbo"], color=ANOMALY, label="held out")
+    _label(axis, "Training", "step", "negative ELBO (nats per row)")
+    axis.legend()
+    return drawn
+
+
+def surprising_images(
+    images: FloatArray, nats: FloatArray, expected: FloatArray, titles: Sequence[str], columns: int = 6
+) -> Figure:
+    """Image, nats per pixel, and what was expected instead, for N images (N, height, width)."""
+    rows = -(-len(images) // columns)
+    drawn = figure(2.0 * columns, 6.3 * rows)
+    groups = drawn.subfigures(rows, 1, squeeze=False)[:, 0]
+    brightest, hottest = float(images.max()), float(np.quantile(nats, 0.995))
+    for row, group in enumerate(groups):
+        chosen = range(row * columns, min((row + 1) * columns, len(images)))
+        axes = group.subplots(3, columns, squeeze=False)
+        for axis in axes.ravel():
+            axis.set_axis_off()
+        for place, i in enumerate(chosen):
+            axes[0, place].imshow(images[i], cmap="gray_r", vmin=0, vmax=brightest)
+            axes[0, place].set_title(titles[i], fontsize=8.5, color=INK)
+            axes[1, place].imshow(images[i], cmap="gray_r", vmin=0, vmax=brightest * 2.5)
+            axes[1, place].imshow(nats[i], cmap="Reds", vmin=0, vmax=hottest, alpha=0.75)
+            axes[2, place].imshow(np.clip(expected[i], 0, brightest), cmap="gray_r", vmin=0, vmax=brightest)
+        for axis, text in zip(
+            axes[:, 0], ("the row", "nats per pixel", "expected for the\nclaimed class"), strict=True
+        ):
+            axis.text(-0.12, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8.5)
+    return drawn
+
+
+def image_grid(images: FloatArray, row_labels: Sequence[str]) -> Figure:
+    """Images (rows, columns, height, width) as a grid, one label per row."""
+    rows, columns = images.shape[:2]
+    drawn = figure(0.62 * columns + 0.6, 0.62 * rows + 0.1)
+    axes = drawn.subplots(rows, columns, squeeze=False)
+    brightest = float(np.quantile(images, 0.999))
+    for row in range(rows):
+        for column in range(columns):
+            axes[row, column].imshow(images[row, column], cmap="gray_r", vmin=0, vmax=brightest)
+            axes[row, column].set_axis_off()
+        axes[row, 0].text(
+            -0.35, 0.5, row_labels[row], transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=11
+        )
+    return drawn
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=11, color=INK)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(color=GRID)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
