@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anomaly_cvae.calibration import Calibration, Reference
-from anomaly_cvae.encoding import Encoder
+from anomaly_cvae.encoding import ClassScaling, Encoder
 from anomaly_cvae.errors import BundleError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.inputs import Layout
@@ -177,6 +177,9 @@ def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
     weights["noise"] = engine.noise
     if engine.class_table is not None:
         weights["class_table"] = engine.class_table
+    if engine.scaling is not None:
+        weights["class_center"] = torch.as_tensor(engine.scaling.center)
+        weights["class_scale"] = torch.as_tensor(engine.scaling.scale)
     if engine.aggregate is not None:
         weights |= {f"aggregate.{name}": value for name, value in engine.aggregate.state_dict().items()}
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -194,7 +197,9 @@ def _load_engine(
         aggregate = AggregatePosterior(*description["aggregate_shape"]).to(dtype=dtype)
         aggregate.load_state_dict(_with_prefix(weights, "aggregate."))
         aggregate = aggregate.to(device)
-    table = weights.get("class_table")
+    table, scaling = weights.get("class_table"), None
+    if "class_scale" in weights:
+        scaling = ClassScaling(weights["class_center"].numpy(), weights["class_scale"].numpy())
     return ScoringEngine(
         model=model.to(device),
         noise=weights["noise"].to(device),
@@ -202,6 +207,7 @@ def _load_engine(
         class_table=None if table is None else table.to(device),
         members_per_class=description["members_per_class"],
         aggregate=aggregate,
+        scaling=scaling,
     )
 
 

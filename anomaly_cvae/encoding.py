@@ -15,6 +15,8 @@ from anomaly_cvae.schema import Column, Name, Schema, check_counts
 
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
+LEAST_CLASS_SCALE = 1e-3
+"""Scale, in units of the whole column, of a real column that is constant within every class."""
 LIKELIHOODS_OF_KIND = {
     "real": ("normal", "student_t"),
     "binary": ("bernoulli",),
@@ -75,6 +77,44 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class ClassScaling:
+    """Location and scale of every real column in every class, in units of the whole column: (K, D) each.
+
+    A fridge's 60 degrees are far from a fridge's normal, but not far on a scale that includes furnaces. A
+    class's scale is its own standard deviation, but never less than the pooled within-class one: a column
+    that happens to be constant in one class must not make a scale of nothing.
+    """
+
+    center: FloatArray
+    scale: FloatArray
+
+    @classmethod
+    def fit(cls, encoded: Encoded, n_classes: int, is_real: BoolArray) -> ClassScaling:
+        """Learn from rows of known class; columns that are not real are left as they are."""
+        shape = (n_classes, encoded.values.shape[1])
+        center, variance, count = np.zeros(shape), np.ones(shape), np.zeros(shape)
+        for k in range(n_classes):
+            own = encoded.class_index == k
+            observed, values = encoded.observed[own], np.where(encoded.observed[own], encoded.values[own], 0.0)
+            count[k] = observed.sum(axis=0)
+            center[k] = values.sum(axis=0) / np.maximum(count[k], 1)
+            variance[k] = (observed * (values - center[k]) ** 2).sum(axis=0) / np.maximum(count[k], 1)
+        pooled = (count * variance).sum(axis=0) / np.maximum(count.sum(axis=0), 1)
+        scale = np.sqrt(np.maximum(np.maximum(variance, pooled), LEAST_CLASS_SCALE**2))
+        return cls(np.where(is_real, center, 0.0), np.where(is_real, scale, 1.0))
+
+    def to_class_units(self, values: FloatArray, classes: IntArray | int) -> FloatArray:
+        """Encoded values (N, D) of rows of ``classes`` (one, or (N,)), relative to their class."""
+        relative = (values - self.center[classes]) / self.scale[classes]
+        return np.clip(relative, -LARGEST_VALUE, LARGEST_VALUE)
+
+    def from_class_units(self, values: FloatArray, classes: IntArray | int) -> FloatArray:
+        """Inverse of `to_class_units`."""
+        encoded: FloatArray = values * self.scale[classes] + self.center[classes]
+        return encoded
+
+
+@dataclass(frozen=True)
 class Encoder:
     """Turns checked tables into `Encoded` rows and generated numbers back into tables.
 
@@ -100,6 +140,11 @@ class Encoder:
             continuous_center=tuple(center for center, _ in scales),
             continuous_scale=tuple(scale for _, scale in scales),
         )
+
+    @property
+    def is_real(self) -> BoolArray:
+        """Which grouped columns are standardised reals, (D,)."""
+        return np.array([column.likelihood in LIKELIHOODS_OF_KIND["real"] for column in self.columns], dtype=np.bool_)
 
     def encode(self, frame: pd.DataFrame, *, with_condition: bool = True) -> Encoded:
         """Encode the columns and conditions of ``frame``, found by name.

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from anomaly_cvae.encoding import Encoded, Encoder
+from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import IntArray
@@ -199,6 +199,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         class_table=None if table is None else tensor(table, device, dtype),
         members_per_class=settings.n_estimators if per_class else None,
         aggregate=aggregate,
+        scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if n_classes > 1 else None,
     )
 
 
@@ -220,7 +221,7 @@ def _train(
 
     return train(
         engine.model,
-        DeviceRows.of(encoded, engine.class_table, engine.device, engine.noise.dtype),
+        DeviceRows.of(encoded, engine.class_table, engine.scaling, engine.device, engine.noise.dtype),
         _rows_of_members(engine, encoded, split.training, split.training),
         _rows_of_members(engine, encoded, split.validation, split.training),
         settings.training,

@@ -36,7 +36,7 @@ def _sample_class(engine: ScoringEngine, k: int, continuous: FloatArray, generat
     drawn = engine.model.draw(parameters, generator)[:, 0]
     member = torch.randint(len(drawn), (n,), generator=generator, device=engine.device)
     chosen: FloatArray = drawn[member, torch.arange(n, device=engine.device)].cpu().double().numpy()
-    return chosen
+    return engine.from_class_units(chosen, k)
 
 
 def _sample_prior(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -134,6 +134,8 @@ class CVAE(nn.Module):
             for head, block, cells in zip(self._heads(), self._parameters_by_head(parameters), values, strict=True)
         ]
         log_prob = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        if batch.log_scale is not None:
+            log_prob = log_prob - batch.log_scale.unsqueeze(1)
         if batch.observed is None:
             return log_prob
         return torch.where(batch.observed.unsqueeze(1) > 0, log_prob, 0.0)
@@ -166,4 +168,4 @@ class CVAE(nn.Module):
         """The batch with training noise on its real columns, in input and target alike."""
         blocks = zip(self._heads(), self._columns_by_head(batch.values), strict=True)
         values = torch.cat([head.jitter(block, scale, generator) for head, block in blocks], dim=-1)
-        return Batch(values, batch.observed, batch.condition)
+        return replace(batch, values=values)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.frames import FloatArray
 from anomaly_cvae.schema import Schema
 
@@ -18,33 +18,48 @@ class Batch:
     """What the model sees: values and observed (M or 1, N, D), condition (M or 1, N or 1, C).
 
     ``observed`` is None where every cell is there, ``condition`` where the members know one class only.
+    ``log_scale`` (M or 1, N or 1, D) is the logarithm of the class's scale, which belongs to the density.
     """
 
     values: Tensor
     observed: Tensor | None
     condition: Tensor | None
+    log_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """All rows of a table on the device; `batch` gathers some of them for every member."""
+    """All rows of a table on the device, in units of their class; `batch` gathers some for every member."""
 
     values: Tensor
     observed: Tensor | None
     condition: Tensor | None
+    log_scale: Tensor | None = None
 
     @classmethod
-    def of(cls, encoded: Encoded, table: Tensor | None, device: torch.device, dtype: torch.dtype) -> DeviceRows:
+    def of(
+        cls,
+        encoded: Encoded,
+        table: Tensor | None,
+        scaling: ClassScaling | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> DeviceRows:
         """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector."""
         complete = bool(encoded.observed.all())
         condition = None
         if table is not None:
             classes = table[torch.as_tensor(encoded.class_index, device=device)]
             condition = torch.cat([classes, tensor(encoded.continuous, device, dtype)], dim=1)
+        values, log_scale = encoded.values, None
+        if scaling is not None:
+            values = scaling.to_class_units(values, encoded.class_index)
+            log_scale = tensor(np.log(scaling.scale)[encoded.class_index], device, dtype)
         return cls(
-            values=tensor(encoded.values, device, dtype),
+            values=tensor(values, device, dtype),
             observed=None if complete else tensor(encoded.observed, device, dtype),
             condition=condition,
+            log_scale=log_scale,
         )
 
     def batch(self, rows: Tensor) -> Batch:
@@ -53,12 +68,16 @@ class DeviceRows:
             values=self.values[rows],
             observed=None if self.observed is None else self.observed[rows],
             condition=None if self.condition is None else self.condition[rows],
+            log_scale=None if self.log_scale is None else self.log_scale[rows],
         )
 
 
 def tensor(values: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A copy on the device; the source may be read-only."""
-    return torch.tensor(np.asarray(values), dtype=dtype, device=device)
+    """A copy on the device, never the caller's memory: it may be read-only, or change."""
+    return torch.from_numpy(np.array(values, dtype=_NUMPY[dtype])).to(device)
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def class_conditions(schema: Schema) -> FloatArray:

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.model import CVAE, Terms
@@ -24,9 +24,10 @@ CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one class, ready for the model: their places in the input, and the members that know them."""
+    """Rows of one class k, ready for the model: their places in the input, and the members that know them."""
 
     places: IntArray
+    k: int
     members: slice
     group: int
     batch: Batch
@@ -59,6 +60,7 @@ class ScoringEngine:
     class_table : (K, C) condition vectors, None in a bank of one network per class
     noise : (S, Z) fixed low-discrepancy points, stored with the model
     aggregate : the prior at scoring time; None for the training prior
+    scaling : location and scale of the real columns per class; None without classes
     """
 
     model: CVAE
@@ -67,6 +69,7 @@ class ScoringEngine:
     class_table: Tensor | None = None
     members_per_class: int | None = None
     aggregate: AggregatePosterior | None = None
+    scaling: ClassScaling | None = None
     chunk_rows: int | None = None
 
     @property
@@ -126,7 +129,7 @@ class ScoringEngine:
             for chunk in self._chunks(encoded):
                 z = self.model.encode(chunk.batch, chunk.members).sample(self.noise)
                 parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
-                values[chunk.places] = _numpy(self.model.expected(parameters))
+                values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
         return values
 
     def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator) -> FloatArray:
@@ -144,7 +147,8 @@ class ScoringEngine:
                 parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
                 drawn = self.model.draw(parameters, generator)
                 member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
-                values[:, chunk.places] = _numpy(drawn[member, torch.arange(n_draws, device=self.device)])
+                own = _numpy(drawn[member, torch.arange(n_draws, device=self.device)])
+                values[:, chunk.places] = self.from_class_units(own, chunk.k)
         return values
 
     def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
@@ -156,6 +160,10 @@ class ScoringEngine:
     def generator(self, seed: int) -> torch.Generator:
         """A source of randomness on the engine's device."""
         return torch.Generator(self.device).manual_seed(seed)
+
+    def from_class_units(self, values: FloatArray, k: int) -> FloatArray:
+        """Values (…, D) of the model as encoded values."""
+        return values if self.scaling is None else self.scaling.from_class_units(values, k)
 
     def members_of(self, k: int) -> slice:
         """The members that know class ``k``."""
@@ -176,22 +184,26 @@ class ScoringEngine:
     def _chunks(self, encoded: Encoded) -> Iterator[Chunk]:
         order = np.argsort(encoded.class_index, kind="stable")
         classes = encoded.class_index[order]
+        complete = bool(encoded.observed.all())
         for k in range(self.n_classes):
             start, stop = np.searchsorted(classes, [k, k + 1])
             members = self.members_of(k)
             size = self.chunk_rows or self._chunk_size(members)
             for first in range(start, stop, size):
-                yield self._chunk(encoded, order[first : min(first + size, stop)], k, members)
+                yield self._chunk(encoded, order[first : min(first + size, stop)], k, members, complete)
 
-    def _chunk(self, encoded: Encoded, places: IntArray, k: int, members: slice) -> Chunk:
-        observed = encoded.observed[places]
-        dtype = self.noise.dtype
+    def _chunk(self, encoded: Encoded, places: IntArray, k: int, members: slice, complete: bool) -> Chunk:
+        dtype, values, log_scale = self.noise.dtype, encoded.values[places], None
+        if self.scaling is not None:
+            values = self.scaling.to_class_units(values, k)
+            log_scale = tensor(np.log(self.scaling.scale[k]), self.device, dtype).reshape(1, 1, -1)
         batch = Batch(
-            values=tensor(encoded.values[places], self.device, dtype).unsqueeze(0),
-            observed=None if observed.all() else tensor(observed, self.device, dtype).unsqueeze(0),
+            values=tensor(values, self.device, dtype).unsqueeze(0),
+            observed=None if complete else tensor(encoded.observed[places], self.device, dtype).unsqueeze(0),
             condition=self.condition(k, encoded.continuous[places]),
+            log_scale=log_scale,
         )
-        return Chunk(places, members, 0 if self.members_per_class is not None else k, batch)
+        return Chunk(places, k, members, 0 if self.members_per_class is not None else k, batch)
 
     def _chunk_size(self, members: slice) -> int:
         """Rows that keep one layer's activations within the good range of the device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ class _Loop:
         hidden_share = torch.where(uniform(1) < self.settings.mask_rate, uniform(1), 0.0)
         kept = (uniform(batch.values.shape[-1]) >= hidden_share).to(batch.values.dtype)
         observed = kept if batch.observed is None else batch.observed * kept
-        return Batch(batch.values, observed, batch.condition)
+        return replace(batch, observed=observed)
 
     def latent_noise(self, batch: Batch) -> Tensor:
         members, n_rows, _ = batch.values.shape

@@ -72,7 +72,7 @@ class StackedMLP(nn.Module):
         if self.skip is None:
             return out
         skip = self.skip[members]
-        return torch.baddbmm(out, x.expand(len(skip), -1, -1), skip)
+        return out.baddbmm_(x.expand(len(skip), -1, -1), skip)
 
 
 def _uniform(shape: tuple[int, ...], n_in: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,60 @@
+# Everything that a person needs: `make demo`, `make test`, `make check`, `make ui`. Each sets up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow check lint types imports format ui bench-floor clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# torch first and pinned: a bare `torch` pulls gigabytes of GPU packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes the first time) …"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed  ## Find the digits that are not what they claim to be; ends by saying what to open
+	$(BIN)/python pipelines/digits.py
+
+test: $(VENV)/.installed-dev  ## Run the tests with coverage (about 5 minutes on 2 cores)
+	$(BIN)/pytest -m "not slow and not gpu" --cov --cov-report=term:skip-covered
+
+test-slow: $(VENV)/.installed-dev  ## Run the tests that take longer
+	$(BIN)/pytest -m "slow"
+
+check: lint types imports  ## Lint, format, types, import floors
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(VENV)/.installed  ## MLflow at http://127.0.0.1:5000, on the runs of this folder
+	@mkdir -p mlruns
+	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlruns/mlflow.db}" --default-artifact-root mlruns/artifacts
+
+bench-floor: $(VENV)/.installed  ## Measure the speed floors; writes docs/benchmarks/floor.md
+	$(BIN)/python pipelines/benchmarks/floor.py
+
+clean:  ## Remove what can be made again
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage outputs
