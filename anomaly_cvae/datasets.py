@@ -53,8 +53,8 @@ def claimed_digits(
     claimed = digits[test].copy()
     claimed[:n_wrong] = (claimed[:n_wrong] + rng.integers(1, 10, n_wrong)) % 10
     images = pixels[test].copy()
-    damaged = np.flatnonzero(what == "damaged")
-    images[damaged] = [damage(images[i], rng) for i in damaged]
+    for i in np.flatnonzero(what == "damaged"):
+        images[i] = damage(images[i], rng)
     return ClaimedDigits(_frame(pixels[train], digits[train]), _frame(images, claimed), digits[test], what)
 
 
