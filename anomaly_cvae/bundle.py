@@ -53,8 +53,8 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
     BundleError
         If ``path`` exists and is not a bundle.
     """
-    target = Path(path)
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+    target = Path(path).resolve()
+    if target.exists() and not _may_be_replaced(target):
         raise BundleError(f"{target} exists and is not a model bundle; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
@@ -68,6 +68,20 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _may_be_replaced(target: Path) -> bool:
+    """An empty folder, or one that holds a bundle and nothing else: nobody's files are deleted."""
+    if not target.is_dir():
+        return False
+    names = {file.name for file in target.iterdir()}
+    if not names:
+        return True
+    try:
+        manifest = _read_manifest(target)
+    except BundleError:
+        return False
+    return names <= {MANIFEST, *manifest["files"]}
 
 
 def load(path: str | Path, device: torch.device) -> Bundle:
@@ -90,7 +104,7 @@ def load(path: str | Path, device: torch.device) -> Bundle:
         model=FittedModel(encoder, engine, frequency, _load_calibration(folder)),
         layout=layout,
         parameters={name: _from_plain(value) for name, value in detector["parameters"].items()},
-        history=pd.DataFrame(**_read_json(folder / HISTORY)),
+        history=_load_history(folder),
     )
 
 
@@ -102,11 +116,7 @@ def check(folder: Path) -> dict[str, Any]:
     BundleError
         Naming the file and what is wrong with it.
     """
-    if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{folder} is not a model bundle: it has no {MANIFEST}")
-    manifest = _read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not {"format_version", "files", "library_version"} <= set(manifest):
-        raise BundleError(f"{folder / MANIFEST} is no manifest of a model bundle; save the model again")
+    manifest = _read_manifest(folder)
     if manifest["format_version"] > FORMAT_VERSION:
         raise BundleError(
             f"{folder} has format {manifest['format_version']}, written by anomaly_cvae "
@@ -119,6 +129,16 @@ def check(folder: Path) -> dict[str, Any]:
             raise BundleError(
                 f"{folder}: {name} is not the file that was saved (its SHA-256 differs); restore the bundle"
             )
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} is not a model bundle: it has no {MANIFEST}")
+    manifest = _read_json(folder / MANIFEST)
+    kinds = {"format_version": int, "files": dict, "library_version": str}
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(n), kind) for n, kind in kinds.items()):
+        raise BundleError(f"{folder / MANIFEST} is no manifest of a model bundle; save the model again")
     return manifest
 
 
@@ -152,7 +172,7 @@ def _write(bundle: Bundle, folder: Path) -> None:
     )
     parameters = {name: _to_plain(value) for name, value in bundle.parameters.items()}
     _write_json(folder / DETECTOR, {"parameters": parameters, "layout": asdict(bundle.layout)})
-    _write_json(folder / HISTORY, bundle.history.to_dict(orient="split"))
+    _write_json(folder / HISTORY, {"epochs": bundle.history.to_dict(orient="split"), **bundle.history.attrs})
     calibration = model.calibration
     _write_json(
         folder / CALIBRATION,
@@ -215,6 +235,13 @@ def _with_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
+def _load_history(folder: Path) -> pd.DataFrame:
+    saved = _read_json(folder / HISTORY)
+    history = pd.DataFrame(**saved.pop("epochs"))
+    history.attrs.update(saved)
+    return history
+
+
 def _load_calibration(folder: Path) -> Calibration:
     described = _read_json(folder / CALIBRATION)
     with np.load(folder / SCORES, allow_pickle=False) as arrays:
@@ -250,8 +277,8 @@ def _to_plain(value: Any) -> Any:
         return {"pairs": [[_to_plain(k), _to_plain(v)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_to_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
+    if hasattr(value, "tolist"):  # numpy scalars and arrays, pandas indexes
+        return _to_plain(value.tolist())
     return value if isinstance(value, (str, int, float, bool, type(None))) else None
 
 

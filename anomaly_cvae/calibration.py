@@ -26,7 +26,8 @@ MAX_LEVELS = 11
 ROWS_FOR_OWN_SCALE = 30
 LEAST_SCALE = 0.1
 """Nats; a spread of normal scores below this is no scale to measure anything by."""
-LEAVE_ONE_OUT_UP_TO = 200
+MAX_POOLED_ROWS = 500
+"""Rows of one class in the pool that small classes borrow."""
 
 
 def missing_levels(n_columns: int) -> IntArray:
@@ -103,22 +104,34 @@ class Reference:
         return tuple(_typical_scale(groups[: self.n_classes]) for groups in self.scores)
 
     @cached_property
-    def pooled(self) -> tuple[FloatArray, ...]:
-        """Per level, the class-standardised scores of all classes, sorted.
+    def _pools(self) -> dict[tuple[int, int], FloatArray]:
+        return {}
 
-        A row of a small class is standardised by the others of its class, as a new row would be.
+    def pooled(self, level: int, group: int) -> FloatArray:
+        """Class-standardised scores of all classes, sorted, as a class with the rows of ``group`` sees them.
+
+        A new row of a class with n calibration rows is standardised by those n. So every row of the pool
+        is standardised by n other rows of its own class: a scale from few rows is a rough one, and the
+        pool must show that.
         """
-        return tuple(
-            np.sort(np.concatenate([_standardise_left_out(own, typical) for own in groups[: self.n_classes]]))
-            for groups, typical in zip(self.scores, self._typical, strict=True)
-        )
+        n_rows = _round_down(len(self.scores[0][group]))
+        if (level, n_rows) not in self._pools:
+            rng = np.random.default_rng(n_rows)
+            typical = self._typical[level]
+            parts = [_standardise_by_others(own, n_rows, typical, rng) for own in self.scores[level][: self.n_classes]]
+            self._pools[level, n_rows] = np.sort(np.concatenate(parts))
+        return self._pools[level, n_rows]
+
+    @cached_property
+    def _n_pooled(self) -> int:
+        return sum(min(len(own), MAX_POOLED_ROWS) for own in self.scores[0][: self.n_classes])
 
     def guarantee(self, group: int, false_alarm_rate: float) -> Guarantee:
         """Whose calibration rows hold the rate in this group."""
         needed = rows_needed(false_alarm_rate)
         if len(self.scores[0][group]) >= needed:
             return "class"
-        return "pooled" if len(self.pooled[0]) >= needed else "none"
+        return "pooled" if self._n_pooled >= needed else "none"
 
     def level_of(self, observed: BoolArray) -> IntArray:
         """The nearest level for each row of a mask (N, D)."""
@@ -151,7 +164,7 @@ class Reference:
             if self.guarantee(group, false_alarm_rate) == "class":
                 p_values[rows] = conformal_p_values(own[rows], self.scores[level][group])
             else:
-                p_values[rows] = conformal_p_values(standard[rows], self.pooled[level])
+                p_values[rows] = conformal_p_values(standard[rows], self.pooled(level, group))
         return p_values
 
     def thresholds(self, groups: IntArray, observed: BoolArray, false_alarm_rate: float) -> FloatArray:
@@ -165,18 +178,20 @@ class Reference:
         if self.guarantee(group, false_alarm_rate) == "class":
             return conformal_threshold(self.scores[level][group], false_alarm_rate)
         location, scale = self.scale[level][group]
-        return location + scale * conformal_threshold(self.pooled[level], false_alarm_rate)
+        return location + scale * conformal_threshold(self.pooled(level, group), false_alarm_rate)
 
     def quantile_thresholds(self, share: float) -> FloatArray:
         """Per group, the score above which ``share`` of its rows lie: scikit-learn's contamination.
 
         A class of fewer rows than one anomaly needs borrows the class-standardised pooled quantile.
         """
-        pooled = -float(np.percentile(-self.pooled[0], 100.0 * share))
         thresholds = []
-        for own, (location, scale) in zip(self.scores[0], self.scale[0], strict=True):
-            enough = len(own) * share >= 1.0 or len(self.scores[0]) == 1
-            thresholds.append(-float(np.percentile(-own, 100.0 * share)) if enough else location + scale * pooled)
+        for group, (own, (location, scale)) in enumerate(zip(self.scores[0], self.scale[0], strict=True)):
+            if len(own) * share >= 1.0 or len(self.scores[0]) == 1:
+                thresholds.append(-float(np.percentile(-own, 100.0 * share)))
+            else:
+                borrowed = -float(np.percentile(-self.pooled(0, group), 100.0 * share))
+                thresholds.append(location + scale * borrowed)
         return np.array(thresholds)
 
     def to_arrays(self, prefix: str) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
@@ -232,7 +247,7 @@ class Calibration:
 
     def p_values(self, kind: str, scores: FloatArray, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Conformal p-value of each row's score of this kind, (N,)."""
-        finite = np.nan_to_num(scores, posinf=np.finfo(np.float64).max)
+        finite = np.nan_to_num(scores, posinf=1e300)
         lowered = finite - self.tolerance * (1.0 + np.abs(finite))
         return self.references[kind].p_values(lowered, groups, observed, self.false_alarm_rate)
 
@@ -314,13 +329,27 @@ def _typical_scale(groups: Sequence[FloatArray]) -> tuple[float, float]:
     return float(np.median(locations)), max(float(np.median(spreads)), LEAST_SCALE)
 
 
-def _standardise_left_out(own: FloatArray, typical: tuple[float, float]) -> FloatArray:
-    if len(own) > LEAVE_ONE_OUT_UP_TO:
-        location, scale = location_and_scale(own, typical)
-        return (own - location) / scale
+def _round_down(n_rows: int) -> int:
+    """The next lower of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, …: pools are made for few sizes only."""
+    if n_rows < 4:
+        return n_rows
+    power = 1 << (n_rows.bit_length() - 1)
+    return power + power // 2 if n_rows >= power + power // 2 else power
+
+
+def _standardise_by_others(
+    own: FloatArray, n_rows: int, typical: tuple[float, float], rng: np.random.Generator
+) -> FloatArray:
+    """Each score, on the scale of ``n_rows`` others of its class (all others, if there are no more)."""
+    if len(own) > MAX_POOLED_ROWS:
+        own = np.sort(rng.choice(own, MAX_POOLED_ROWS, replace=False))
+    n_others = min(n_rows, len(own) - 1)
+    if n_others <= 0:
+        return (own - typical[0]) / typical[1]
     standard = np.empty(len(own))
     for i in range(len(own)):
-        location, scale = location_and_scale(np.delete(own, i), typical)
+        others = rng.choice(len(own) - 1, n_others, replace=False)
+        location, scale = location_and_scale(own[others + (others >= i)], typical)
         standard[i] = (own[i] - location) / scale
     return standard
 

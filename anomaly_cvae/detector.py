@@ -18,9 +18,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomaly_cvae import bundle, explain, generation
 from anomaly_cvae.calibration import Calibration, select_discoveries
-from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded, Encoder
-from anomaly_cvae.errors import ConditionError, ParameterError
-from anomaly_cvae.fitted import FittedModel, ScoreKind
+from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded
+from anomaly_cvae.errors import ConditionError, DataError, ParameterError
+from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
 from anomaly_cvae.fitting import FitSettings, Split, fit_model, now
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells, to_frame
 from anomaly_cvae.inputs import Layout, condition_frame, feature_frame, resolve_keys, resolve_names
@@ -179,10 +179,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         features = feature_frame(self, X, reset=True)
         self.layout_, frame = self._read_layout(X, features, condition)
         self.schema_, likelihoods = self._infer_schema(features, frame)
-        encoder = Encoder.fit(self.schema_, frame, likelihoods)
-        encoded = encoder.encode(frame)
+        settings, random_state = self._fit_settings(), check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
-            fit = fit_model(encoder, encoded, self._fit_settings(), check_random_state(self.random_state), reporter)
+            fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter)
         self.model_ = fit.model
         self.history_ = self._history(fit.training)
         self.split_: Split = fit.split
@@ -215,6 +214,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         likelihoods = resolve_keys(self.likelihoods, frame, "likelihoods")
         outside = {*layout.condition_columns, *layout.ignored}
         names = [name for name in features.columns if name not in outside]
+        if explain.KL in names:
+            raise DataError(f"a column of x is called {explain.KL!r}, as the KL in explain is; rename the column")
         if not names:
             raise ParameterError(
                 f"no column is left for x: X has n_features = {features.shape[1]}, all of them conditions or ignored"
@@ -235,7 +236,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 f"column_kinds={{{name!r}: 'categorical'}}"
             )
         cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
-        return Schema(columns, conditions, observed_classes(cells), layout.ignored), likelihoods
+        schema = Schema(columns, conditions, observed_classes(cells), layout.ignored)
+        if self.score_kind != "elbo":
+            require_contrast(schema)
+        return schema, likelihoods
 
     def _fit_settings(self) -> FitSettings:
         dtype = getattr(torch, self.dtype)
@@ -431,7 +435,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     def condition_proba(self, X: Any) -> pd.DataFrame:
         """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at."""
         check_is_fitted(self)
-        self.model_.require_contrast()
+        require_contrast(self.schema_)
         encoded = self.model_.encoder.encode(self._features(X, need_condition=False), with_condition=False)
         probabilities = self.model_.class_probabilities(encoded)
         return pd.DataFrame(probabilities, columns=self.schema_.class_names, index=self._index(X))
@@ -467,8 +471,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             self.model_ = replace(self.model_, calibration=changed)
             return self
         encoded = self._encode(X, condition)
-        unknown = self.model_.groups(encoded) == len(self.schema_.classes)
-        if len(self.schema_.classes) > 1 and unknown.any():
+        if not len(encoded):
+            raise DataError("X has no rows; recalibrate on the rows that are to set the thresholds")
+        unknown = self.model_.groups(encoded) == self.model_.n_classes
+        if unknown.any():
             raise ConditionError(
                 f"row {int(np.flatnonzero(unknown)[0])} has no class that training knew; recalibrate on rows of "
                 "known classes"
@@ -534,7 +540,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if self.score_kind not in ("elbo", "contrast", "both"):
             raise ParameterError(f"score_kind must be 'elbo', 'contrast' or 'both', not {self.score_kind!r}")
         if self.score_kind != "elbo":
-            self.model_.require_contrast()
+            require_contrast(self.schema_)
         return self.score_kind  # type: ignore[return-value]  # checked above
 
     def _calibration(self) -> Calibration:
@@ -571,8 +577,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if not need_condition and is_table(X):
             frame = to_frame(X)
             absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
-            X = frame.assign(**{str(name): np.nan for name in absent})[list(self.layout_.columns)] if absent else X
-        return feature_frame(self, X, reset=False).set_axis(list(self.layout_.columns), axis=1)
+            X = _with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
+        return feature_frame(self, X, reset=False, expected=self.layout_).set_axis(list(self.layout_.columns), axis=1)
 
     def _frame(self, X: Any, condition: Any) -> pd.DataFrame:
         features, passed = self._features(X), self.layout_.passed_conditions
@@ -582,7 +588,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                     f"this detector was fitted with condition= ({', '.join(map(str, passed))}) and never scores "
                     "without: pass condition=, or set missing_condition='marginal'"
                 )
-            return features.assign(**{str(name): np.nan for name in passed})
+            return _with_missing(features, passed)
         if condition is not None and not passed:
             raise ConditionError(
                 "condition= was passed, but fit had none; its conditions are "
@@ -666,6 +672,11 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
     def _index(self, X: Any) -> pd.Index | None:
         return to_frame(X).index if is_table(X) else None
+
+
+def _with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:
+    """``frame`` with further columns in which every cell is missing."""
+    return pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=list(names))], axis=1)
 
 
 def _shortened(names: list[str], most: int = 10) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae.errors import ConditionError
+from anomaly_cvae.errors import ConditionError, DataError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_cells, numeric_cells
 from anomaly_cvae.schema import Column, Name, Schema, check_counts
 
@@ -17,6 +17,8 @@ LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
 LEAST_CLASS_SCALE = 1e-3
 """Scale, in units of the whole column, of a real column that is constant within every class."""
+LEAST_ROWS_OF_SCALED_CLASS = 5
+"""A class with fewer training rows keeps the location and scale of the whole column."""
 LIKELIHOODS_OF_KIND = {
     "real": ("normal", "student_t"),
     "binary": ("bernoulli",),
@@ -101,7 +103,9 @@ class ClassScaling:
             variance[k] = (observed * (values - center[k]) ** 2).sum(axis=0) / np.maximum(count[k], 1)
         pooled = (count * variance).sum(axis=0) / np.maximum(count.sum(axis=0), 1)
         scale = np.sqrt(np.maximum(np.maximum(variance, pooled), LEAST_CLASS_SCALE**2))
-        return cls(np.where(is_real, center, 0.0), np.where(is_real, scale, 1.0))
+        # The mean of a row or two would be those rows, stored with the model.
+        known = is_real & (count >= LEAST_ROWS_OF_SCALED_CLASS)
+        return cls(np.where(known, center, 0.0), np.where(known, scale, 1.0))
 
     def to_class_units(self, values: FloatArray, classes: IntArray | int) -> FloatArray:
         """Encoded values (N, D) of rows of ``classes`` (one, or (N,)), relative to their class."""
@@ -168,13 +172,7 @@ class Encoder:
 
     def encode_conditions(self, frame: pd.DataFrame) -> tuple[IntArray, FloatArray]:
         """Class of each row (N,), -1 missing and K unknown, and standardised continuous conditions (N, Q)."""
-        return self._classes(frame), self._continuous(frame)
-
-    def _classes(self, frame: pd.DataFrame) -> IntArray:
-        conditions = self.schema.categorical_conditions
-        if not conditions:
-            return np.zeros(len(frame), dtype=np.int64)
-        return self.schema.class_index([level_cells(frame[c.name], c.name) for c in conditions])
+        return self.schema.class_index_of(frame), self._continuous(frame)
 
     def _continuous(self, frame: pd.DataFrame) -> FloatArray:
         conditions = self.schema.continuous_conditions
@@ -252,8 +250,12 @@ def _center_and_scale(values: FloatArray) -> tuple[float, float]:
 
 
 def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[FloatArray, BoolArray]:
+    if not fitted.observed:  # nothing is known of this column: it adds nothing
+        return np.zeros(len(cells)), np.zeros(len(cells), dtype=np.bool_)
     if column.kind in ("binary", "categorical"):
-        codes = level_cells(cells, column.name).recode(column.levels)
+        found = level_cells(cells, column.name)
+        _check_same_type(column, found.levels)
+        codes = found.recode(column.levels)
         unknown = np.where(codes == len(column.levels), fitted.n_levels, codes)
         return np.where(codes < 0, fitted.n_levels, unknown).astype(np.float64), codes >= 0
     values = numeric_cells(cells, column.name)
@@ -261,11 +263,19 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     if column.kind == "count":
         check_counts(values, column.name)
         return np.where(observed, np.minimum(values, LARGEST_VALUE), 0.0), observed
-    if not fitted.observed:  # nothing is known of this column: it adds nothing
-        return np.zeros(len(values)), np.zeros(len(values), dtype=np.bool_)
     with np.errstate(over="ignore"):
         standard = (values - fitted.center) / fitted.scale
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
+
+
+def _check_same_type(column: Column, levels: Sequence[Level]) -> None:
+    """A text column that suddenly holds numbers is a mix-up, not a table full of unknown levels."""
+    was_text = all(isinstance(level, str) for level in column.levels)
+    if was_text and levels and not any(isinstance(level, str) for level in levels):
+        raise DataError(
+            f"column {column.name!r} held text in training (such as {column.levels[0]!r}) but holds numbers, such as "
+            f"{levels[0]!r}; check the columns, or convert it to text"
+        )
 
 
 def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray) -> Any:

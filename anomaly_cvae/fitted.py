@@ -12,6 +12,7 @@ from anomaly_cvae.calibration import MARGINAL, Calibration, Reference, hide_cell
 from anomaly_cvae.encoding import Encoded, Encoder
 from anomaly_cvae.errors import ConditionError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.schema import Schema
 from anomaly_cvae.scoring import ScoringEngine
 
 ScoreKind = Literal["elbo", "contrast", "both"]
@@ -38,9 +39,14 @@ class FittedModel:
         return self.engine.n_classes
 
     @property
+    def has_unknown_group(self) -> bool:
+        """Whether a row's class can be missing or unknown."""
+        return bool(self.encoder.schema.categorical_conditions)
+
+    @property
     def has_contrast(self) -> bool:
         """Whether another class could have been claimed: several classes and no continuous condition."""
-        return self.n_classes > 1 and not self.encoder.schema.continuous_conditions
+        return can_contrast(self.encoder.schema)
 
     def groups(self, encoded: Encoded) -> IntArray:
         """Class of each row, K for rows whose class is missing or unknown."""
@@ -61,7 +67,7 @@ class FittedModel:
         """Several kinds of scores in one pass over the classes."""
         if kinds == {"elbo"}:
             return {"elbo": self._negative_elbo(encoded)}
-        self.require_contrast()
+        require_contrast(self.encoder.schema)
         by_class = self.engine.class_negative_elbo(encoded)
         groups = self.groups(encoded)
         scores: dict[ScoreKind, FloatArray] = {
@@ -71,14 +77,6 @@ class FittedModel:
         if "both" in kinds:
             scores["both"] = self._larger(scores["elbo"], scores["contrast"], groups, encoded.observed)
         return scores
-
-    def require_contrast(self) -> None:
-        """Raise unless a contrast exists."""
-        if not self.has_contrast:
-            raise ConditionError(
-                "the contrast asks whether another class explains a row better: it needs a categorical "
-                "condition with at least two classes, and no continuous condition"
-            )
 
     def class_probabilities(self, encoded: Encoded) -> FloatArray:
         """p(c | x), (N, K), from the class-wise negative ELBO and p(c)."""
@@ -97,7 +95,7 @@ class FittedModel:
         rng: np.random.Generator,
     ) -> FittedModel:
         """The same model with reference scores from ``encoded`` normals."""
-        names = self.encoder.schema.class_names + ([MARGINAL] if self.n_classes > 1 else [])
+        names = self.encoder.schema.class_names + ([MARGINAL] if self.has_unknown_group else [])
         references = self._references(encoded, rng, with_levels=contamination is None)
         calibration = Calibration(
             references, tuple(names), false_alarm_rate, contamination, rows, set_at, self.engine.tolerance
@@ -182,7 +180,8 @@ class FittedModel:
     def _raw_scores(self, rows: Encoded) -> dict[str, dict[bool, FloatArray]]:
         """Each kind's scores under the rows' own class (False) and as if the class were unknown (True)."""
         if self.n_classes == 1:
-            return {"elbo": {False: self.engine.negative_elbo(rows)}}
+            own = self.engine.negative_elbo(rows)
+            return {"elbo": {False: own, True: own}}
         by_class = self.engine.class_negative_elbo(rows)
         marginal = self._marginal(by_class)
         own = self._own(by_class, rows.class_index)
@@ -210,7 +209,7 @@ class FittedModel:
     ) -> list[FloatArray]:
         own = by_marginal[False] - blank.offset(rows.class_index, rows.observed)
         groups = [np.sort(own[rows.class_index == k]) for k in range(self.n_classes)]
-        if self.n_classes > 1:
+        if self.has_unknown_group:
             unknown = np.full(len(rows), self.n_classes, dtype=np.int64)
             groups.append(np.sort(by_marginal[True] - blank.offset(unknown, rows.observed)))
         return groups
@@ -223,9 +222,29 @@ class FittedModel:
             own = encoded.class_index == k
             mean = _mean_of_observed(columns[own], encoded.observed[own])
             per_class.append(np.where(np.isnan(mean), everyone, mean))
-        groups = [*per_class, everyone] if self.n_classes > 1 else per_class
+        groups = [*per_class, everyone] if self.has_unknown_group else per_class
         means: FloatArray = np.nan_to_num(np.stack(groups))
         return means
+
+
+def can_contrast(schema: Schema) -> bool:
+    """Whether another class could have been claimed: several classes and no continuous condition."""
+    return len(schema.classes) > 1 and not schema.continuous_conditions
+
+
+def require_contrast(schema: Schema) -> None:
+    """Raise unless a contrast exists.
+
+    Raises
+    ------
+    ConditionError
+        Saying what it needs.
+    """
+    if not can_contrast(schema):
+        raise ConditionError(
+            "the contrast asks whether another class explains a row better: it needs a categorical "
+            "condition with at least two classes, and no continuous condition"
+        )
 
 
 def _mean_of_observed(columns: FloatArray, observed: BoolArray) -> FloatArray:

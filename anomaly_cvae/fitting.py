@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
@@ -15,8 +16,15 @@ from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import IntArray
 from anomaly_cvae.model import CVAE, Architecture
-from anomaly_cvae.priors import MAX_FITTED_ROWS, AggregatePosterior, DiagonalNormal, number_of_components
+from anomaly_cvae.priors import (
+    MAX_FITTED_ROWS,
+    ROWS_PER_COMPONENT,
+    AggregatePosterior,
+    DiagonalNormal,
+    number_of_components,
+)
 from anomaly_cvae.rows import DeviceRows, class_conditions, tensor
+from anomaly_cvae.schema import Name, Schema
 from anomaly_cvae.scoring import ScoringEngine, low_discrepancy_normal
 from anomaly_cvae.training import Epoch, Training, TrainingSettings, train
 
@@ -68,13 +76,16 @@ class Fit:
 
 
 def fit_model(
-    encoder: Encoder,
-    encoded: Encoded,
+    schema: Schema,
+    frame: pd.DataFrame,
+    likelihoods: Mapping[Name, str],
     settings: FitSettings,
     random_state: np.random.RandomState,
     on_epoch: Callable[[Epoch], bool] | None = None,
 ) -> Fit:
-    """Train a bank on ``encoded`` normals and calibrate it.
+    """Train a bank on the normals of ``frame`` and calibrate it.
+
+    The rows are split before anything is learned of them: scaling, too, comes from training rows alone.
 
     Raises
     ------
@@ -84,17 +95,14 @@ def fit_model(
         If the loss becomes infinite; names column, class and step.
     """
     seeds = random_state.randint(np.iinfo(np.int32).max, size=5)
-    n_classes = len(encoder.schema.classes)
-    check_class_sizes(encoded.class_index, encoder, settings)
+    n_classes = len(schema.classes)
+    class_index = schema.class_index_of(frame)
+    check_class_sizes(class_index, schema, settings)
     held_out = 0.0 if settings.contamination is not None else settings.calibration_fraction
-    split = split_rows(
-        encoded.class_index,
-        n_classes,
-        settings.validation_fraction,
-        held_out,
-        np.random.default_rng(seeds[0]),
-    )
-    engine = build_engine(encoder, encoded, settings, int(seeds[1]))
+    split = split_rows(class_index, n_classes, settings.validation_fraction, held_out, np.random.default_rng(seeds[0]))
+    encoder = Encoder.fit(schema, frame.iloc[split.training], likelihoods)
+    encoded = encoder.encode(frame)
+    engine = build_engine(encoder, encoded.take(split.training), settings, int(seeds[1]))
     training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch)
     if engine.aggregate is not None:
         fit_aggregate(engine, encoded.take(split.training), int(seeds[3]))
@@ -129,7 +137,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def check_class_sizes(class_index: IntArray, encoder: Encoder, settings: FitSettings) -> None:
+def check_class_sizes(class_index: IntArray, schema: Schema, settings: FitSettings) -> None:
     """One network per class needs a few rows of every class.
 
     Raises
@@ -139,11 +147,11 @@ def check_class_sizes(class_index: IntArray, encoder: Encoder, settings: FitSett
     """
     if settings.conditioning != "per_class":
         return
-    counts = np.bincount(class_index, minlength=len(encoder.schema.classes))
+    counts = np.bincount(class_index, minlength=len(schema.classes))
     smallest = int(counts.argmin())
     if counts[smallest] < LEAST_ROWS_PER_NETWORK:
         raise DataError(
-            f"class {encoder.schema.class_names[smallest]!r} has {counts[smallest]} row(s); a network of its own "
+            f"class {schema.class_names[smallest]!r} has {counts[smallest]} row(s); a network of its own "
             f"needs at least {LEAST_ROWS_PER_NETWORK}: use conditioning='shared', or drop the class"
         )
 
@@ -167,7 +175,7 @@ def split_rows(
 
 
 def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed: int) -> ScoringEngine:
-    """An untrained bank in its engine."""
+    """An untrained bank in its engine, made for the training rows ``encoded``."""
     schema, per_class = encoder.schema, settings.conditioning == "per_class"
     n_classes = len(schema.classes)
     conditional = bool(schema.conditions) and not per_class
@@ -251,11 +259,16 @@ def fit_aggregate(engine: ScoringEngine, encoded: Encoded, seed: int) -> None:
     """Fit the aggregate posterior of every member and class to the training rows' posteriors."""
     assert engine.aggregate is not None
     for k in range(engine.n_classes):
-        own = encoded.take(np.flatnonzero(encoded.class_index == k)[:MAX_FITTED_ROWS])
-        chunks = list(engine.posteriors(own))
+        own = np.flatnonzero(encoded.class_index == k)
+        rows = encoded.take(own[:MAX_FITTED_ROWS])
+        if len(own) < ROWS_PER_COMPONENT:
+            # A component of one or two rows would be those rows: such a class gets that of all rows.
+            rows = encoded.take(np.arange(min(len(encoded), MAX_FITTED_ROWS)))
+            rows = rows.of_class(np.full(len(rows), k, dtype=np.int64))
+        chunks = list(engine.posteriors(rows))
         mean = torch.cat([posterior.mean for _, posterior in chunks], dim=1)
         log_variance = torch.cat([posterior.log_variance for _, posterior in chunks], dim=1)
         members = engine.members_of(k)
         for place, member in enumerate(range(members.start, members.stop)):
             posterior = DiagonalNormal(mean[place], log_variance[place])
-            engine.aggregate.fit_group(member, chunks[0][0].group, posterior, seed)
+            engine.aggregate.fit_group(member, chunks[0][0].group, posterior, seed, number_of_components(len(own)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -47,11 +48,25 @@ def to_frame(table: Any) -> pd.DataFrame:
     DataError
         If two columns have the same name.
     """
-    frame = table if isinstance(table, pd.DataFrame) else cast(pd.DataFrame, table.to_pandas())
+    frame = table if isinstance(table, pd.DataFrame) else _from_arrow(table)
+    if isinstance(frame.columns, pd.MultiIndex):
+        raise DataError("column names have several levels; flatten them (`df.columns.map('_'.join)`)")
     if not frame.columns.is_unique:
         names = frame.columns[frame.columns.duplicated()].unique().tolist()
         raise DataError(f"column names appear more than once: {names}; rename or drop the copies")
-    return frame
+    dictionaries = [n for n, dtype in frame.dtypes.items() if str(dtype).startswith("dictionary")]
+    return frame.astype(dict.fromkeys(dictionaries, object)) if dictionaries else frame
+
+
+def _from_arrow(table: Any) -> pd.DataFrame:
+    """Arrow or polars to pandas; whole numbers stay whole where cells are missing."""
+    if type(table).__module__.startswith("pyarrow"):
+        return cast(pd.DataFrame, table.to_pandas(types_mapper=_whole_numbers))
+    return cast(pd.DataFrame, table.to_pandas())
+
+
+def _whole_numbers(arrow_type: object) -> pd.Int64Dtype | None:
+    return pd.Int64Dtype() if str(arrow_type).startswith(("int", "uint")) else None
 
 
 def cell_type(cells: pd.Series, name: object) -> CellType:
@@ -96,12 +111,14 @@ def numeric_cells(cells: pd.Series, name: object) -> FloatArray:
     DataError
         If a cell is not a number or is infinite; the first such row is named (counted from 0).
     """
+    if cells.isna().all():
+        return np.full(len(cells), np.nan)
     if isinstance(cells.dtype, pd.CategoricalDtype):
-        cells = cells.astype(cells.cat.categories.dtype)
+        cells = cells.astype(object)
     if cell_type(cells, name) == "string":
         first = cells.dropna().iloc[0]
         raise DataError(
-            f"column {name!r} was numeric in training but holds text, for instance {first!r}; convert it to numbers"
+            f"column {name!r} must be numeric but holds text, for instance {first!r}; convert it to numbers"
         )
     try:
         values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -142,6 +159,8 @@ def canonical_level(value: Any) -> Level:
     """Return a level as the plain Python value under which it is stored and compared."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, Decimal):
+        value = float(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (str, bool, int, float)):

@@ -36,8 +36,10 @@ class Layout:
         return self.condition_columns + self.passed_conditions
 
 
-def feature_frame(estimator: Any, X: Any, *, reset: bool) -> pd.DataFrame:
+def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | None = None) -> pd.DataFrame:
     """X as a frame, checked against what `fit` saw; columns of an array are called x0, x1, …
+
+    scikit-learn compares names that are text; ``expected`` compares the others too.
 
     Raises
     ------
@@ -49,6 +51,11 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool) -> pd.DataFrame:
         validate_data(estimator, frame, reset=reset, skip_check_array=True)
         if frame.shape[1] == 0:
             raise DataError(f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required: X has no columns")
+        if expected is not None and expected.is_frame and tuple(frame.columns) != expected.columns:
+            raise DataError(
+                "the columns of X must be those of fit, in the same order: "
+                f"{list(expected.columns)}, not {list(frame.columns)}"
+            )
     elif _holds_text(X):
         cells = np.asarray(X, dtype=object)
         if cells.ndim != 2:
@@ -86,13 +93,19 @@ def resolve_names(asked: Iterable[Name] | Name | None, frame: pd.DataFrame, para
     """
     if asked is None:
         return ()
-    names = [asked] if isinstance(asked, (str, int, np.integer)) else list(asked)
-    return tuple(_resolve(name, frame, parameter) for name in names)
+    names = [asked] if isinstance(asked, (str, int, np.integer)) else asked
+    if not isinstance(names, Iterable):
+        raise ParameterError(f"{parameter} must be a name, a position or a list of them, not {asked!r}")
+    resolved = tuple(_resolve(name, frame, parameter) for name in names)
+    if len(set(resolved)) < len(resolved):
+        raise ParameterError(f"{parameter} names a column twice: {list(map(str, resolved))}")
+    return resolved
 
 
 def _resolve(name: Name, frame: pd.DataFrame, parameter: str) -> Name:
     if name in frame.columns:
-        return name
+        plain: Name = name.item() if isinstance(name, np.generic) else name
+        return plain
     if isinstance(name, (int, np.integer)) and -frame.shape[1] <= name < frame.shape[1]:
         found: Name = frame.columns[int(name)]
         return found
@@ -130,8 +143,9 @@ def condition_frame(condition: Any, n_rows: int, taken: Iterable[Name], names: t
     if names:
         if frame.shape[1] != len(names):
             raise ConditionError(f"condition has {frame.shape[1]} column(s), fit had {len(names)}: {list(names)}")
-        unnamed = not is_table(condition)
-        if not unnamed and set(frame.columns) == set(names):
+        if is_table(condition):
+            if set(frame.columns) != set(names):
+                raise ConditionError(f"condition has the columns {list(frame.columns)}, fit had {list(names)}")
             return frame[list(names)]
         return frame.set_axis(list(names), axis=1)
     clash = set(frame.columns) & set(taken)

@@ -142,7 +142,9 @@ class AggregatePosterior(nn.Module):
         )
 
     @torch.no_grad()
-    def fit_group(self, member: int, group: int, posterior: DiagonalNormal, seed: int) -> None:
+    def fit_group(
+        self, member: int, group: int, posterior: DiagonalNormal, seed: int, n_components: int | None = None
+    ) -> None:
         """Fit one mixture to posteriors of N rows (mean and log-variance of shape (N, Z)).
 
         Posteriors are clustered by mean (k-means); each cluster becomes the normal with its first two
@@ -150,11 +152,12 @@ class AggregatePosterior(nn.Module):
         """
         mean = posterior.mean.double().cpu().numpy()
         variance = torch.exp(posterior.log_variance.double()).cpu().numpy()
-        labels = _cluster(mean, number_of_components(len(mean)), seed)
+        labels = _cluster(mean, n_components or number_of_components(len(mean)), seed)
         count = np.bincount(labels).astype(np.float64)
         center = _mean_by_label(mean, labels, count)
         spread = _mean_by_label(variance + mean**2, labels, count) - center**2
         used = len(count)
+        self.log_weight[member, group] = -torch.inf
         self.log_weight[member, group, :used] = torch.as_tensor(np.log(count / count.sum()))
         self.mean[member, group, :used] = torch.as_tensor(center)
         self.log_variance[member, group, :used] = torch.as_tensor(np.log(np.maximum(spread, 1e-6)))

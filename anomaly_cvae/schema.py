@@ -86,6 +86,13 @@ class Schema:
         lookup = np.array([self._class_of(combination, cells) for combination in combinations], dtype=np.int64)
         return lookup[codes]
 
+    def class_index_of(self, frame: pd.DataFrame) -> IntArray:
+        """The same, from the conditions' columns in ``frame``; all 0 without a categorical condition."""
+        conditions = self.categorical_conditions
+        if not conditions:
+            return np.zeros(len(frame), dtype=np.int64)
+        return self.class_index([level_cells(frame[c.name], c.name) for c in conditions])
+
     def _class_of(self, combination: tuple[int, ...], cells: Sequence[LevelCells]) -> int:
         if min(combination) < 0:
             return -1
@@ -164,7 +171,7 @@ def check_counts(values: np.ndarray[Any, np.dtype[np.float64]], name: Name) -> N
 
 
 def _infer_kind(cells: pd.Series, name: Name, content: CellType) -> tuple[Kind, str]:
-    if content == "empty":
+    if cells.isna().all():
         return "real", "no value in training: adds nothing to the score"
     if content == "boolean":
         return "binary", "true or false"
@@ -172,8 +179,6 @@ def _infer_kind(cells: pd.Series, name: Name, content: CellType) -> tuple[Kind, 
         return _infer_text(cells, name)
     values = numeric_cells(cells, name)
     present = values[~np.isnan(values)]
-    if not present.size:
-        return "real", "no value in training: adds nothing to the score"
     if set(np.unique(present[:10_000])) <= {0.0, 1.0} and np.isin(present, (0.0, 1.0)).all():
         if present.min() == present.max():
             return "real", "constant"

@@ -161,7 +161,7 @@ class _Loop:
         loss = -settings.objective(terms, self.kl_weight(step)).mean(-1)
         mean_loss = float(loss.detach().mean())
         if not math.isfinite(mean_loss):
-            self.raise_diverged(step, terms, loss)
+            self.raise_diverged(step, batch, terms, loss)
         self.optimizer.zero_grad(set_to_none=True)
         # Members share no parameter, so the gradient of the sum is each member's own gradient.
         (loss.sum() / terms.log_prob.shape[-1]).backward()  # type: ignore[no-untyped-call]
@@ -268,10 +268,13 @@ class _Loop:
         for best, parameter in zip(self.best, self.parameters, strict=True):
             parameter.copy_(best)
 
-    def raise_diverged(self, step: int, terms: Terms, loss: Tensor) -> None:
+    def raise_diverged(self, step: int, batch: Batch, terms: Terms, loss: Tensor) -> None:
         member = int((~torch.isfinite(loss)).nonzero()[0])
-        bad = (~torch.isfinite(terms.log_prob[member])).any(dim=0).any(dim=0)
-        where = self.describe(member, int(bad.nonzero()[0]) if bad.any() else -1)
+        # A cell that is not finite spoils z and so every column: look at the rows before the terms.
+        bad = (~torch.isfinite(batch.values[member])).any(dim=0)
+        bad = bad if bad.any() else (~torch.isfinite(terms.log_prob[member])).any(dim=0).any(dim=0)
+        one_is_to_blame = bool(bad.any()) and (len(bad) == 1 or not bool(bad.all()))
+        where = self.describe(member, int(bad.nonzero()[0]) if one_is_to_blame else -1)
         raise TrainingDivergedError(
             f"training met a value that is not finite at step {step} in {where}; lower learning_rate "
             f"(now {self.settings.learning_rate:g}), or look at that column's scale and outliers"

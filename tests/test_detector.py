@@ -22,7 +22,7 @@ from anomaly_cvae.errors import ConditionError
 TINY = {"max_steps": 40, "hidden_dims": (16,), "n_estimators": 1, "random_state": 0}
 
 
-def machines(n: int = 700, seed: int = 0) -> pd.DataFrame:
+def machines(n: int = 1000, seed: int = 0) -> pd.DataFrame:
     """A table in which temperature is normal only given the type: furnaces are hot, fridges are cold."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(["fridge", "furnace"], n)

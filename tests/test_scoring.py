@@ -66,7 +66,7 @@ def fitted(bank: str, dtype: torch.dtype, temperature_unit: float = 1.0) -> tupl
     inferred = tuple(infer_condition(frame[name], name) for name in conditions)
     cells = [level_cells(frame[c.name], c.name) for c in inferred if c.kind == "categorical"]
     columns = tuple(infer_column(frame[name], name, "count" if name == "packets" else None) for name in X_COLUMNS)
-    encoder = Encoder.fit(Schema(columns, inferred, observed_classes(cells)), frame, {"delay": "student_t"})
+    schema = Schema(columns, inferred, observed_classes(cells))
     settings = FitSettings(
         conditioning=conditioning,
         n_estimators=2,
@@ -83,8 +83,8 @@ def fitted(bank: str, dtype: torch.dtype, temperature_unit: float = 1.0) -> tupl
         dtype=dtype,
         training=TrainingSettings(max_steps=30, batch_size=32, learning_rate=0.02, mask_rate=0.2),
     )
-    fit = fit_model(encoder, encoder.encode(frame), settings, np.random.RandomState(0))
-    return encoder, fit.model.engine
+    fit = fit_model(schema, frame, {"delay": "student_t"}, settings, np.random.RandomState(0))
+    return fit.model.encoder, fit.model.engine
 
 
 def new_rows(encoder: Encoder, n_rows: int = 60) -> Encoded:

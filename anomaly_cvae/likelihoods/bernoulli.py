@@ -37,7 +37,8 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
         """log sigmoid(+-logit) + log(1 - e), or log e for an unknown level."""
-        known = logsigmoid((2.0 * values - 1.0) * parameters) + torch.log1p(-torch.exp(self.log_unknown))
+        share = torch.where(self.n_levels > 1, logsigmoid((2.0 * values - 1.0) * parameters), 0.0)
+        known = share + torch.log1p(-torch.exp(self.log_unknown))
         return torch.where(values < self.n_levels, known, self.log_unknown)
 
     def expected(self, parameters: Tensor) -> Tensor:

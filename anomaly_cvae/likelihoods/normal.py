@@ -26,7 +26,7 @@ class Standardised(Likelihood):
         self.variance_floor = scale_floor**2
 
     def features(self, values: Tensor, observed: Tensor | None) -> Tensor:
-        """Squashed standardised values; a missing cell is already zero."""
+        """Squashed standardised values; zero for a missing cell."""
         return squash(values) if observed is None else squash(values) * observed
 
     def variance(self, raw: Tensor) -> Tensor:
