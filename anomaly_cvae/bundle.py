@@ -67,7 +67,7 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
         beside.rename(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return target
+    return Path(path)
 
 
 def _may_be_replaced(target: Path) -> bool:

@@ -26,7 +26,7 @@ MAX_LEVELS = 11
 ROWS_FOR_OWN_SCALE = 30
 LEAST_SCALE = 0.1
 """Nats; a spread of normal scores below this is no scale to measure anything by."""
-MAX_POOLED_ROWS = 500
+MAX_POOLED_ROWS = 2_000
 """Rows of one class in the pool that small classes borrow."""
 
 

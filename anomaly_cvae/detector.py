@@ -59,7 +59,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     n_estimators : networks per class (or in all, when shared); scores are their mean
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
-    likelihoods : "auto", or {column: "normal" | "student_t" | "poisson" | "negative_binomial" | …}
+    likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
     column_kinds : {column: "real" | "binary" | "categorical" | "count"}, and for conditions
         "categorical" | "continuous", where the inferred kind (see ``schema_.report()``) is not right
     ignore_columns : columns of X that are neither x nor condition
@@ -113,7 +113,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         objective: str = "elbo",
         train_samples: int = 1,
         kl_weight: float = 1.0,
-        input_noise: float = 0.2,
+        input_noise: float = 0.1,
         mask_rate: float = 0.2,
         scale_floor: float = 0.08,
         n_samples: int = 4,

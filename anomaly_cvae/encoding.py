@@ -20,7 +20,7 @@ LEAST_CLASS_SCALE = 1e-3
 LEAST_ROWS_OF_SCALED_CLASS = 5
 """A class with fewer training rows keeps the location and scale of the whole column."""
 LIKELIHOODS_OF_KIND = {
-    "real": ("normal", "student_t"),
+    "real": ("robust_normal", "normal", "student_t"),
     "binary": ("bernoulli",),
     "categorical": ("categorical",),
     "count": ("negative_binomial", "poisson"),

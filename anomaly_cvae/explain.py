@@ -99,8 +99,8 @@ def _numbers(model: FittedModel, values: FloatArray) -> FloatArray:
     """Encoded values (N, D) in the units of the table, NaN where a column has levels."""
     numbers = np.empty_like(values)
     for d, fitted in enumerate(model.encoder.columns):
-        has_scale = fitted.likelihood in ("normal", "student_t")
-        numbers[:, d] = values[:, d] * fitted.scale + fitted.center if has_scale else values[:, d]
+        real = model.encoder.is_real[d]
+        numbers[:, d] = values[:, d] * fitted.scale + fitted.center if real else values[:, d]
         if fitted.n_levels:
             numbers[:, d] = np.nan
     return model.encoder.ungroup(numbers)

@@ -54,8 +54,7 @@ def to_frame(table: Any) -> pd.DataFrame:
     if not frame.columns.is_unique:
         names = frame.columns[frame.columns.duplicated()].unique().tolist()
         raise DataError(f"column names appear more than once: {names}; rename or drop the copies")
-    dictionaries = [n for n, dtype in frame.dtypes.items() if str(dtype).startswith("dictionary")]
-    return frame.astype(dict.fromkeys(dictionaries, object)) if dictionaries else frame
+    return frame
 
 
 def _from_arrow(table: Any) -> pd.DataFrame:
@@ -80,6 +79,8 @@ def cell_type(cells: pd.Series, name: object) -> CellType:
     dtype = cells.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         return cell_type(pd.Series(dtype.categories), name)
+    if str(dtype).startswith("dictionary"):  # an Arrow dictionary that pandas carries along
+        return cell_type(cells.astype(object), name)
     if pd.api.types.is_bool_dtype(dtype):
         return "boolean"
     if pd.api.types.is_integer_dtype(dtype):

@@ -104,14 +104,17 @@ def resolve_names(asked: Iterable[Name] | Name | None, frame: pd.DataFrame, para
 
 def _resolve(name: Name, frame: pd.DataFrame, parameter: str) -> Name:
     if name in frame.columns:
-        plain: Name = name.item() if isinstance(name, np.generic) else name
-        return plain
+        return _plain(name)
     if isinstance(name, (int, np.integer)) and -frame.shape[1] <= name < frame.shape[1]:
-        found: Name = frame.columns[int(name)]
-        return found
+        return _plain(frame.columns[int(name)])
     near = get_close_matches(str(name), [str(column) for column in frame.columns], n=1)
     hint = f"; did you mean {near[0]!r}?" if near else f"; X has {', '.join(map(str, frame.columns[:20]))}"
     raise ParameterError(f"{parameter}: X has no column {name!r}{hint}")
+
+
+def _plain(name: Any) -> Name:
+    label: Name = name.item() if isinstance(name, np.generic) else name
+    return label
 
 
 def resolve_keys(asked: Any, frame: pd.DataFrame, parameter: str) -> dict[Name, str]:

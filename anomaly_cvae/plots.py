@@ -96,11 +96,14 @@ def training_curves(history: pd.DataFrame) -> Figure:
 def surprising_images(
     images: FloatArray, nats: FloatArray, expected: FloatArray, titles: Sequence[str], columns: int = 6
 ) -> Figure:
-    """Image, nats per pixel, and what was expected instead, for N images (N, height, width)."""
+    """Image, nats per pixel, and what was expected instead, for N images (N, height, width).
+
+    Each image has its own scale of red: it shows where the nats are, the title how many.
+    """
     rows = -(-len(images) // columns)
     drawn = figure(2.0 * columns, 6.3 * rows)
     groups = drawn.subfigures(rows, 1, squeeze=False)[:, 0]
-    brightest, hottest = float(images.max()), float(np.quantile(nats, 0.995))
+    brightest = float(images.max())
     for row, group in enumerate(groups):
         chosen = range(row * columns, min((row + 1) * columns, len(images)))
         axes = group.subplots(3, columns, squeeze=False)
@@ -110,7 +113,7 @@ def surprising_images(
             axes[0, place].imshow(images[i], cmap="gray_r", vmin=0, vmax=brightest)
             axes[0, place].set_title(titles[i], fontsize=8.5, color=INK)
             axes[1, place].imshow(images[i], cmap="gray_r", vmin=0, vmax=brightest * 2.5)
-            axes[1, place].imshow(nats[i], cmap="Reds", vmin=0, vmax=hottest, alpha=0.75)
+            axes[1, place].imshow(nats[i], cmap="Reds", vmin=0, vmax=max(float(nats[i].max()), 1e-9), alpha=0.75)
             axes[2, place].imshow(np.clip(expected[i], 0, brightest), cmap="gray_r", vmin=0, vmax=brightest)
         for axis, text in zip(
             axes[:, 0], ("the row", "nats per pixel", "expected for the\nclaimed class"), strict=True

@@ -142,7 +142,7 @@ def infer_column(cells: pd.Series, name: Name, asked: str | None = None) -> Colu
     content = cell_type(cells, name)
     missing = float(cells.isna().mean()) if len(cells) else 0.0
     kind, reason = (cast(Kind, asked), "asked for") if asked else _infer_kind(cells, name, content)
-    if kind in ("real", "count") and content == "string":
+    if kind in ("real", "count") and content == "string" and cells.notna().any():
         raise DataError(f"column {name!r} holds text and cannot be {kind}; convert it to numbers")
     levels: tuple[Level, ...] = ()
     if kind in ("binary", "categorical"):

@@ -199,8 +199,8 @@ def thresholds_note(best: Candidate, data: ClaimedDigits) -> str:
     guarantees = ", ".join(sorted(set(thresholds["guarantee"].iloc[:10])))
     return (
         f"False alarms of the {best.name} model ({best.kind}): asked {best.detector.false_alarm_rate:.1%}, realised "
-        f"{false_alarms:.1%} of {normal.sum()} normals.\nA right threshold from {rows} calibration rows gives "
-        f"{low:.1%} to {high:.1%} (95 %); guarantee: {guarantees}.\n"
+        f"{false_alarms:.1%}\nof {normal.sum()} normals. A right threshold from {rows} calibration rows gives\n"
+        f"{low:.1%} to {high:.1%} (95 %). Guarantee: {guarantees}.\n"
     )
 
 
@@ -230,11 +230,11 @@ def draw(best: Candidate, candidates: list[Candidate], data: ClaimedDigits, rand
 
 
 def surprising(best: Candidate, data: ClaimedDigits) -> Figure:
-    """The flagged rows with the smallest p-values: half by a wrong label, half damaged, as the model sees them."""
-    rows = []
+    """The highest scores: of the wrong labels in the upper half, of the damaged in the lower half."""
+    rows: list[int] = []
     for what in ("wrong label", "damaged"):
         places = np.flatnonzero(data.what == what)
-        rows += list(places[np.argsort(-best.scores[places])][: SURPRISING // 2])
+        rows += places[np.argsort(-best.scores[places])][: SURPRISING // 2].tolist()
     chosen = data.test.iloc[rows]
     nats = best.detector.explain(chosen).drop(columns="kl").to_numpy()
     guess = best.detector.condition_proba(chosen).idxmax(axis=1)
@@ -290,13 +290,19 @@ def say_what_next(
 ) -> None:
     """End by saying what to open."""
     console.rule("[bold]What to open next")
-    console.print(f"  [bold]{written['surprising']}[/bold]  the most surprising rows, and the pixels that made them so")
-    console.print(f"  [bold]{written['samples']}[/bold]  digits drawn by the model, one row per digit")
-    console.print(f"  [bold]{written['models_compared']}[/bold]  ROC and precision-recall of every model")
-    console.print(f"  [bold]{written['scored']}[/bold]  every test row with score, threshold, p-value and top pixel")
-    console.print(f"  [bold]{written['model']}[/bold]  CVAEDetector.load reads it ({best.name})")
+    described = {
+        "surprising": "the most surprising rows, and the pixels that made them so",
+        "samples": "digits drawn by the model, one row per digit",
+        "models_compared": "ROC and precision-recall of every model",
+        "scored": "every test row: score, threshold, p-value, top pixel",
+        "model": f"the {best.name} model; CVAEDetector.load reads it",
+    }
+    for name, description in described.items():
+        console.print(f"  [bold]{written[name]}[/bold]\n      {description}")
     if runs:
-        console.print(f"  [bold]make ui[/bold]  the runs in MLflow, at http://127.0.0.1:5000 (store: {runs})")
+        console.print(
+            f"  [bold]make ui[/bold]\n      the runs in MLflow, at http://127.0.0.1:5000\n      (store: {runs})"
+        )
     console.print(f"\nDone in {seconds:.0f} s.")
 
 

@@ -189,7 +189,8 @@ def test_select_controls_the_false_discovery_rate(detector):
 def test_score_table_agrees_with_the_methods(detector, table):
     scored = detector.score_table(table, contrast=True, top_column=True)
     assert list(scored.columns) == [
-        "condition", "negative_elbo", "score", "threshold", "p_value", "is_anomaly", "contrast", "top_column", "top_nats",
+        "condition", "negative_elbo", "score", "threshold", "p_value", "is_anomaly", "contrast",
+        "top_column", "top_nats",
     ]  # fmt: skip
     np.testing.assert_allclose(scored["negative_elbo"], detector.negative_elbo(table), rtol=1e-5)
     np.testing.assert_allclose(scored["p_value"], detector.p_values(table))

@@ -172,7 +172,7 @@ def test_rows_are_counted_from_0_whatever_the_index() -> None:
 
 @pytest.mark.parametrize("dtype", ["object", "string", "category"])
 def test_text_where_numbers_were_is_refused_with_column_value_and_remedy(dtype: str) -> None:
-    with pytest.raises(DataError, match="'x' was numeric in training but holds text, for instance 'abc'; convert it"):
+    with pytest.raises(DataError, match="'x' must be numeric but holds text, for instance 'abc'; convert it"):
         numeric_cells(series([None, "abc"], dtype), "x")
 
 

@@ -265,7 +265,8 @@ def test_a_reading_that_is_ordinary_for_another_class_is_expensive(bank: str) ->
 def test_outliers_and_unseen_levels_cost_more_than_ordinary_rows(bank: str) -> None:
     encoder, engine = fitted(bank, torch.float32)
     scores = engine.negative_elbo(new_rows(encoder))
-    assert scores[0] > 1e6
+    # An outlier share of 1 in 1000 bounds what one wild cell costs, but it is still far from ordinary.
+    assert scores[0] > np.median(scores) + 25
     assert scores[1] > np.median(scores) + 5
     parts = engine.column_scores(new_rows(encoder)).columns
     colour = [column.name for column in encoder.columns].index("colour")

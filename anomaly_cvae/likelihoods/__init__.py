@@ -5,6 +5,7 @@ from anomaly_cvae.likelihoods.bernoulli import Bernoulli
 from anomaly_cvae.likelihoods.categorical import Categorical
 from anomaly_cvae.likelihoods.counts import NegativeBinomial, Poisson
 from anomaly_cvae.likelihoods.normal import Normal
+from anomaly_cvae.likelihoods.robust_normal import RobustNormal
 from anomaly_cvae.likelihoods.student_t import StudentT
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NegativeBinomial",
     "Normal",
     "Poisson",
+    "RobustNormal",
     "StudentT",
     "likelihood_class",
 ]

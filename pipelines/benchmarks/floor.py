@@ -145,9 +145,9 @@ def main() -> None:
     lines = [
         "# Speed floors",
         "",
-        f"Measured {datetime.now(UTC):%Y-%m-%d} by `make bench-floor` on {platform.machine()}, {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}, Python {platform.python_version()}; medians of {arguments.repeats} rounds, "
-        "every line of a round measured one after the other.",
+        f"Measured {datetime.now(UTC):%Y-%m-%d} by `make bench-floor` on {platform.machine()} with "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}; medians of "
+        f"{arguments.repeats} rounds, every line of a round measured one after the other.",
         "",
         f"Scoring {arguments.rows:,} rows with the reference CVAE ({COLUMNS} columns, {CLASSES} classes, hidden "
         f"{HIDDEN}-{HIDDEN}, latent {LATENT}, Gaussian head, one sample). The engine starts from float64 numpy rows, "

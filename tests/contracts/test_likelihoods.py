@@ -82,6 +82,26 @@ def _normal(p: np.ndarray, column: FittedColumn) -> Any:
     return stats.norm(column.center + column.scale * p[0], column.scale * deviation)
 
 
+class _WithOutliers:
+    """scipy's normal and Cauchy, 999 to 1; its location stands for the mean that a Cauchy has not."""
+
+    def __init__(self, normal: Any, cauchy: Any) -> None:
+        self.parts = ((0.999, normal), (0.001, cauchy))
+
+    def logpdf(self, x: Any) -> Any:
+        return np.log(sum(share * part.pdf(x) for share, part in self.parts))
+
+    def cdf(self, x: Any) -> Any:
+        return sum(share * part.cdf(x) for share, part in self.parts)
+
+    def mean(self) -> float:
+        return float(self.parts[0][1].mean())
+
+
+def _robust_normal(p: np.ndarray, column: FittedColumn) -> Any:
+    return _WithOutliers(_normal(p, column), stats.cauchy(column.center, 3.0 * column.scale))
+
+
 def _student_t(p: np.ndarray, column: FittedColumn) -> Any:
     deviation = np.sqrt(np.exp(p[1]) + SCALE_FLOOR**2)
     freedom = 2.0 + np.log1p(np.exp(p[2] + 2.0))
@@ -107,6 +127,7 @@ def _categorical(p: np.ndarray, column: FittedColumn) -> Any:
 
 REFERENCES: dict[str, Callable[[np.ndarray, FittedColumn], Any]] = {
     "normal": _normal,
+    "robust_normal": _robust_normal,
     "student_t": _student_t,
     "poisson": _poisson,
     "negative_binomial": _negative_binomial,
