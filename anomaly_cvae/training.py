@@ -220,8 +220,10 @@ class _Loop:
     def clip_gradients(self) -> None:
         """Bound each member's gradient norm on its own: one bad member must not slow the others."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        squared = torch.stack([g.square().flatten(1).sum(1) for g in gradients]).sum(0)
-        factor = (self.settings.clip_norm / (squared.sqrt() + 1e-12)).clamp(max=1.0)
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
+        factor = (self.settings.clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-12)).clamp(max=1.0)
+        if bool((factor == 1.0).all()):
+            return
         for gradient in gradients:
             gradient.mul_(factor.reshape(-1, *[1] * (gradient.dim() - 1)))
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from anomaly_cvae.networks.fused import can_fuse, linear
+
 ALL = slice(None)
 
 
@@ -27,17 +29,21 @@ class StackedLinear(nn.Module):
         if n_conditions:
             self.condition_weight = nn.Parameter(_uniform((n_members, n_conditions, n_out), n_in, generator))
 
-    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
         """Map rows (M, R, in) to (M, R, out) with the chosen members' weights."""
-        weight, shift = self.weight[members], self.bias[members]
+        weight, shift = _of(self.weight, members), _of(self.bias, members)
         if self.condition_weight is not None and condition is not None:
-            shift = shift + condition @ self.condition_weight[members]
+            shift = shift + condition @ _of(self.condition_weight, members)
+        if can_fuse(x, shift):
+            return linear(x, weight, shift, relu)
         n_rows = x.shape[-2]
         if shift.shape[1] not in (1, n_rows):
             shift = shift.repeat(1, n_rows // shift.shape[1], 1)
         if len(weight) == 1:
-            return torch.addmm(shift[0], x[0], weight[0]).unsqueeze(0)
-        return torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
+            out = torch.addmm(shift[0], x[0], weight[0]).unsqueeze(0)
+        else:
+            out = torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
+        return torch.relu_(out) if relu else out
 
 
 class StackedMLP(nn.Module):
@@ -67,12 +73,17 @@ class StackedMLP(nn.Module):
         """Map rows (M or 1, R, in) to (M, R, out)."""
         hidden = x
         for layer in self.layers[:-1]:
-            hidden = torch.relu_(layer(hidden, condition, members))
+            hidden = layer(hidden, condition, members, relu=True)
         out: Tensor = self.layers[-1](hidden, condition, members)
         if self.skip is None:
             return out
-        skip = self.skip[members]
+        skip = _of(self.skip, members)
         return out.baddbmm_(x.expand(len(skip), -1, -1), skip)
+
+
+def _of(parameter: Tensor, members: slice) -> Tensor:
+    """Some members' share; slicing even for all of them would cost a copy of every gradient."""
+    return parameter if members == ALL else parameter[members]
 
 
 def _uniform(shape: tuple[int, ...], n_in: int, generator: torch.Generator) -> Tensor:
