@@ -81,17 +81,19 @@ class Mixture:
         """The bound -log sum_j w_j exp(-KL(q || p_j)) >= KL(q || p), (M, N, 1).
 
         Hershey and Olsen (2007), equation 18, for a single component on the left. The pairwise KL
-        are expanded into matrix products in float64, because they cancel in float32.
+        are expanded into a matrix product in float64, because its parts cancel in float32.
         """
         mean, log_variance = wide(posterior.mean), wide(posterior.log_variance)
         own_mean, own_log_variance = wide(self.mean), wide(self.log_variance)
         precision = torch.exp(-own_log_variance)
-        second = torch.exp(log_variance) + mean.square()
-        constant = (own_log_variance + own_mean.square() * precision).sum(-1) - 2.0 * wide(self.log_weight)
-        pairwise = torch.baddbmm(constant.unsqueeze(1), second, precision.mT)
-        pairwise = torch.baddbmm(pairwise, mean, (own_mean * precision).mT, alpha=-2.0)
-        own = log_variance.sum(-1, keepdim=True) + mean.shape[-1]
-        return -torch.logsumexp((0.5 * (own - pairwise)).to(posterior.mean.dtype), dim=-1, keepdim=True)
+        # log w_j - KL(q || p_j) as one product: (second moment, mean, 1, own entropy) times the components.
+        own = 0.5 * (log_variance.sum(-1, keepdim=True) + mean.shape[-1])
+        rows = torch.cat([torch.exp(log_variance) + mean.square(), mean, torch.ones_like(own), own], dim=-1)
+        constant = wide(self.log_weight) - 0.5 * (own_log_variance + own_mean.square() * precision).sum(-1)
+        constant = constant.unsqueeze(-1)
+        components = torch.cat([-0.5 * precision, own_mean * precision, constant, torch.ones_like(constant)], dim=-1)
+        exponent = torch.matmul(rows, components.mT).to(posterior.mean.dtype)
+        return -torch.logsumexp(exponent, dim=-1, keepdim=True)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of samples (M, S, N, Z): (M, S, N)."""
