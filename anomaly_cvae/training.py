@@ -121,7 +121,8 @@ class _Loop:
         self.table, self.counts = _pad(training_rows, device)
         held_out = [chosen[:MAX_VALIDATION_ROWS] for chosen in validation_rows]
         self.validation_table, self.validation_counts = _pad(held_out, device)
-        self.batch_size = min(settings.batch_size, int(self.counts.max()))
+        # At least two batches a pass: a batch of all rows costs twice as much and learns no better.
+        self.batch_size = min(settings.batch_size, math.ceil(int(self.counts.max()) / 2))
         self.parameters = list(model.parameters())
         # The fused step exists for CPU and CUDA; one kernel for all parameters.
         self.optimizer = torch.optim.AdamW(
