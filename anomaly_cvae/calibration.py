@@ -24,6 +24,7 @@ MARGINAL = "(marginal)"
 """Name of the group of rows whose class is unknown."""
 MAX_LEVELS = 11
 ROWS_FOR_OWN_SCALE = 30
+TAIL = 0.99
 LEAST_SCALE = 0.1
 """Nats; a spread of normal scores below this is no scale to measure anything by."""
 MAX_POOLED_ROWS = 2_000
@@ -102,6 +103,27 @@ class Reference:
     @cached_property
     def _typical(self) -> tuple[tuple[float, float], ...]:
         return tuple(_typical_scale(groups[: self.n_classes]) for groups in self.scores)
+
+    @cached_property
+    def _tails(self) -> FloatArray:
+        """Per level, the 0.99 quantile of all classes' calibrated scores; at least 1."""
+        return np.array(
+            [
+                max(1.0, float(np.quantile(np.concatenate([(own - a) / b for own, (a, b) in known]), TAIL)))
+                for known in (
+                    list(zip(groups[: self.n_classes], scales, strict=False))
+                    for groups, scales in zip(self.scores, self.scale, strict=True)
+                )
+            ]
+        )
+
+    def tail_calibrated(self, scores: FloatArray, groups: IntArray, observed: BoolArray) -> FloatArray:
+        """Scores (N,) on a scale where about one normal in a hundred exceeds 1, whatever the shape of the tail.
+
+        This makes the negative ELBO and the contrast comparable: most normals have the same contrast to a
+        hundredth of a nat, and a few have many nats.
+        """
+        return self.calibrated(scores, groups, observed) / self._tails[self.level_of(observed)]
 
     @cached_property
     def _pools(self) -> dict[tuple[int, int], FloatArray]:

@@ -131,8 +131,8 @@ class FittedModel:
     ) -> FloatArray:
         known = references or (self.calibration.references if self.calibration else {})
         return np.maximum(
-            known["elbo"].calibrated(elbo, groups, observed),
-            known["contrast"].calibrated(contrast, groups, observed),
+            known["elbo"].tail_calibrated(elbo, groups, observed),
+            known["contrast"].tail_calibrated(contrast, groups, observed),
         )
 
     def _references(self, encoded: Encoded, rng: np.random.Generator, with_levels: bool) -> dict[str, Reference]:

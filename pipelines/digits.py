@@ -31,6 +31,7 @@ TITLES = {
     "shared": "one CVAE that is told the digit",
     "without": "the same CVAE, not told the digit",
 }
+RUN_NAMES = {"per class": "one CVAE per class", "shared": "shared CVAE", "without": "no condition"}
 TABLE_STYLE: dict[str, Any] = {
     "box": box.SIMPLE_HEAD,
     "title_justify": "left",
@@ -280,7 +281,7 @@ def log(candidates: list[Candidate], best: Candidate, figures: dict[str, Figure]
             classes=data.test["claimed"].astype(str).to_numpy(),
             figures=figures if candidate is best else {},
         )
-        with tracking.start_run(name, {"data": "digits", "score": candidate.kind}):
+        with tracking.start_run(f"digits, {RUN_NAMES[name]}", {"data": "digits", "score": candidate.kind}):
             tracking.log_detector(candidate.detector, evaluation, input_example=data.test.head())
     return uri
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODEL_CODE = Path(__file__).with_name("model_code.py")
+MAX_CLASSES_IN_SUMMARY = 30
 REQUIREMENTS = ("torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
 
 
@@ -68,7 +69,38 @@ def log_detector(
     _log_thresholds(detector)
     if evaluation is not None:
         _log_evaluation(detector, evaluation)
+    client.set_tag("mlflow.note.content", summary(detector, evaluation))
     return _log_model(detector, input_example)
+
+
+def summary(detector: CVAEDetector, evaluation: Evaluation | None) -> str:
+    """The run's description in Markdown: what was trained, how it ranks, who is flagged and by which thresholds."""
+    schema, history, thresholds = detector.schema_, detector.history_, detector.thresholds_
+    conditions = ", ".join(str(c.name) for c in schema.conditions) or "none"
+    lines = [
+        f"**{len(schema.columns)} columns**, condition: **{conditions}** ({len(schema.classes)} classes, "
+        f"{detector.conditioning}); score: **{detector.score_kind}**. Trained {int(history['step'].iloc[-1]):,} steps "
+        f"in {history['seconds'].iloc[-1]:.1f} s (ended by {history.attrs.get('stopped_by', 'unknown')}); held-out "
+        f"negative ELBO {history['validation_negative_elbo'].min():.2f} nats.",
+        "",
+    ]
+    if evaluation is not None:
+        ranking, alarms = evaluation.ranking.loc[metrics.OVERALL], evaluation.alarms.loc[metrics.OVERALL]
+        lines += [
+            f"On {ranking['rows']:,.0f} labelled rows, {ranking['anomalies']:,.0f} of them anomalies: "
+            f"**AUROC {ranking['roc_auc']:.4f}**, **average precision {ranking['average_precision']:.4f}**; flagged "
+            f"{alarms['recall']:.1%} of the anomalies and {alarms['false_alarm_rate']:.1%} of the normals.",
+            "",
+        ]
+    lines += ["| class | threshold | calibration rows | guarantee |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {row.threshold:.2f} | {row.calibration_rows} | {row.guarantee} |"
+        for name, row in list(thresholds.iterrows())[:MAX_CLASSES_IN_SUMMARY]
+    ]
+    if len(thresholds) > MAX_CLASSES_IN_SUMMARY:
+        lines.append(f"| … {len(thresholds) - MAX_CLASSES_IN_SUMMARY} more in tables/thresholds.json | | | |")
+    lines += ["", f"Thresholds set {thresholds['set_at'].iloc[0]} by: {thresholds['rule'].iloc[0]}."]
+    return "\n".join(lines)
 
 
 def _short(value: Any) -> str:

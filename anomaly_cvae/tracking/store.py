@@ -48,7 +48,11 @@ def use_store(experiment: str, folder: Path = FOLDER) -> str:
         # MLflow 3 refuses a plain ./mlruns file store.
         client.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
         if client.get_experiment_by_name(experiment) is None:
-            client.create_experiment(experiment, artifact_location=(folder / "artifacts").resolve().as_uri())
+            client.create_experiment(
+                experiment,
+                artifact_location=(folder / "artifacts").resolve().as_uri(),
+                tags={"mlflow.experimentKind": "custom_model_development"},  # opens on runs, not on traces
+            )
     client.set_experiment(experiment)
     return str(client.get_tracking_uri())
 
