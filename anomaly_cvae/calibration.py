@@ -20,6 +20,8 @@ from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 
 Guarantee = Literal["class", "pooled", "none"]
 
+HELD_OUT = "held out"
+"""Calibration rows that served for nothing else; others promise nothing."""
 MARGINAL = "(marginal)"
 """Name of the group of rows whose class is unknown."""
 MAX_LEVELS = 11
@@ -308,7 +310,7 @@ class Calibration:
         )
 
     def _guarantee(self, reference: Reference, group: int) -> Guarantee:
-        if self.contamination is not None or self.rows != "held out":
+        if self.contamination is not None or self.rows != HELD_OUT:
             return "none"
         return reference.guarantee(group, self.false_alarm_rate)
 

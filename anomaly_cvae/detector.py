@@ -17,7 +17,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_cvae import bundle, explain, generation
-from anomaly_cvae.calibration import Calibration, select_discoveries
+from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
@@ -483,7 +483,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             encoded,
             false_alarm_rate=rate,
             contamination=None,
-            rows="held out",
+            rows=HELD_OUT,
             set_at=now(),
             rng=np.random.default_rng(0),
         )

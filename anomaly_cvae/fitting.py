@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from anomaly_cvae.calibration import HELD_OUT, rows_needed
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
@@ -115,13 +116,17 @@ def fit_model(
 def calibrate(
     model: FittedModel, encoded: Encoded, split: Split, settings: FitSettings, rng: np.random.Generator
 ) -> FittedModel:
-    """Thresholds from the rows held out for them; a float contamination uses all rows of fit."""
+    """Thresholds from the rows held out for them; a float contamination uses all rows of fit.
+
+    So do fewer held-out rows than the rate needs: no threshold could promise anything, and the asked share
+    of all rows is a steadier one than the largest of a few.
+    """
     if settings.contamination is not None:
         rows, described = encoded, "of fit"
-    elif len(split.calibration):
-        rows, described = encoded.take(split.calibration), "held out"
+    elif len(split.calibration) >= rows_needed(settings.false_alarm_rate):
+        rows, described = encoded.take(split.calibration), HELD_OUT
     else:
-        rows, described = encoded, "of fit (too few to hold any out)"
+        rows, described = encoded, "of fit (too few to hold enough out)"
     return model.calibrate(
         rows,
         false_alarm_rate=settings.false_alarm_rate,
