@@ -139,7 +139,7 @@ def test_a_class_too_small_for_its_own_network_is_refused_by_name_with_count_and
 def test_a_class_of_one_row_can_share_a_network(data: pd.DataFrame) -> None:
     few = pd.concat([data, data.iloc[:1].assign(type="oven")])
     det = detector(condition_columns="type").fit(few)
-    assert det.thresholds_.loc["oven", "calibration_rows"] == 0
+    assert det.thresholds_.loc["oven", "guarantee"] == "none"
     assert np.isfinite(det.decision_function(few)).all()
 
 
