@@ -186,7 +186,7 @@ def _write(bundle: Bundle, folder: Path) -> None:
             "tolerance": calibration.tolerance,
         },
     )
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"typical_nats": calibration.typical_nats}
     for kind, reference in calibration.references.items():
         arrays |= reference.to_arrays(kind)
     np.savez_compressed(folder / SCORES, **arrays)
@@ -246,6 +246,7 @@ def _load_calibration(folder: Path) -> Calibration:
     described = _read_json(folder / CALIBRATION)
     with np.load(folder / SCORES, allow_pickle=False) as arrays:
         references = {kind: Reference.from_arrays(kind, arrays) for kind in described.pop("kinds")}
+        described["typical_nats"] = arrays["typical_nats"]
     return Calibration(references, **{**described, "group_names": tuple(described["group_names"])})
 
 

@@ -27,6 +27,8 @@ MARGINAL = "(marginal)"
 MAX_LEVELS = 11
 ROWS_FOR_OWN_SCALE = 30
 TAIL = 0.99
+LEAST_ROWS_TO_BORROW = 5
+"""With fewer calibration rows a class does not know where its own scores lie, and nothing is promised."""
 LEAST_SCALE = 0.1
 """Nats; a spread of normal scores below this is no scale to measure anything by."""
 MAX_POOLED_ROWS = 2_000
@@ -153,9 +155,10 @@ class Reference:
     def guarantee(self, group: int, false_alarm_rate: float) -> Guarantee:
         """Whose calibration rows hold the rate in this group."""
         needed = rows_needed(false_alarm_rate)
-        if len(self.scores[0][group]) >= needed:
+        own = len(self.scores[0][group])
+        if own >= needed:
             return "class"
-        return "pooled" if self._n_pooled >= needed else "none"
+        return "pooled" if self._n_pooled >= needed and own >= LEAST_ROWS_TO_BORROW else "none"
 
     def level_of(self, observed: BoolArray) -> IntArray:
         """The nearest level for each row of a mask (N, D)."""
@@ -249,6 +252,8 @@ class Reference:
 class Calibration:
     """Reference scores of each kind of score, and the rule that makes thresholds of them.
 
+    ``typical_nats`` (G, D) is what each column costs a normal row of each group on average.
+
     ``tolerance`` (relative and absolute) is the rounding of the engine: a row must exceed a threshold by
     more than that, so that a verdict never depends on the batch in which a row came.
     """
@@ -260,6 +265,7 @@ class Calibration:
     rows: str
     set_at: str
     tolerance: float
+    typical_nats: FloatArray
 
     def thresholds(self, kind: str, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Threshold of each row's score of this kind, (N,)."""
@@ -301,8 +307,8 @@ class Calibration:
         return pd.DataFrame(
             {
                 "threshold": self.thresholds(kind, groups, complete),
-                "calibration_rows": [len(own) for own in reference.scores[0]],
                 "guarantee": [self._guarantee(reference, int(group)) for group in groups],
+                "calibration_rows": [len(own) for own in reference.scores[0]],
                 "rule": self._rule(kind),
                 "set_at": self.set_at,
             },

@@ -33,7 +33,6 @@ from anomaly_cvae.training import Training, TrainingSettings
 
 FLAGGED = -np.finfo(np.float64).tiny
 """Largest decision of a row that policy, not its score, makes an anomaly."""
-INTERVAL_DRAWS = 200
 
 
 class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
@@ -345,7 +344,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         """Everything that a scored row carries, in one pass: one line per row of X.
 
         Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
-        ``is_anomaly``; on request ``contrast`` (nats), ``top_column`` and ``top_nats``.
+        ``is_anomaly``; on request ``contrast`` (nats), ``top_column`` (the one furthest above what it costs a
+        normal row) and its ``top_nats``.
         """
         encoded = self._encode(X, condition)
         kind: ScoreKind = self._kind()
@@ -367,8 +367,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             table["contrast"] = scores["contrast"]
         if top_column:
             nats = explain.column_scores(self.model_, encoded).columns
-            table["top_column"] = [self.schema_.names[d] for d in nats.argmax(axis=1)]
-            table["top_nats"] = nats.max(axis=1)
+            top = explain.excess_nats(self.model_, encoded, nats).argmax(axis=1)
+            table["top_column"] = [self.schema_.names[d] for d in top]
+            table["top_nats"] = nats[np.arange(len(top)), top]
         return table
 
     def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
@@ -399,11 +400,12 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     def top_columns(self, X: Any, *, condition: Any = None, n: int = 3) -> pd.DataFrame:
         """The ``n`` most surprising columns of each row: nats, value observed, value and 90 % range expected.
 
+        Ranked by ``excess_nats``, nats above what the column costs a normal row of the class.
         The expectation is made from the rest of the row: the cells in question are hidden from it.
         """
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         n = min(n, len(self.schema_.columns))
-        return explain.top_columns(self.model_, encoded, frame, n, rng_seed=0, n_draws=INTERVAL_DRAWS)
+        return explain.top_columns(self.model_, encoded, frame, n, seed=0)
 
     def sample(self, n: int, *, condition: Any = None, random_state: Any = None) -> Any:
         """Draw ``n`` rows of p(x | c), like X.
@@ -429,8 +431,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         expected = self.model_.encoder.decode(generation.impute(self.model_, self._with_class(encoded)), frame.index)
-        names = self.schema_.names
-        return self._like_x(frame[names].where(frame[names].notna(), expected), frame)
+        filled = {name: _fill(frame[name], expected[name]) for name in self.schema_.names}
+        return self._like_x(pd.DataFrame(filled, index=frame.index), frame)
 
     def condition_proba(self, X: Any) -> pd.DataFrame:
         """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at."""
@@ -469,6 +471,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if X is None:
             changed = replace(calibration, false_alarm_rate=rate, contamination=None, set_at=now())
             self.model_ = replace(self.model_, calibration=changed)
+            self._warn_of_empty_promises()
             return self
         encoded = self._encode(X, condition)
         if not len(encoded):
@@ -479,6 +482,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 f"row {int(np.flatnonzero(unknown)[0])} has no class that training knew; recalibrate on rows of "
                 "known classes"
             )
+        absent = sorted(set(range(self.model_.n_classes)) - set(encoded.class_index.tolist()))
+        if absent:
+            names = _shortened([self.schema_.class_names[k] for k in absent])
+            raise ConditionError(f"X has no rows of {names}; recalibrate on rows of every class")
         self.model_ = self.model_.calibrate(
             encoded,
             false_alarm_rate=rate,
@@ -487,7 +494,18 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             set_at=now(),
             rng=np.random.default_rng(0),
         )
+        self._warn_of_empty_promises()
         return self
+
+    def _warn_of_empty_promises(self) -> None:
+        thresholds = self.thresholds_
+        empty = thresholds.index[thresholds["guarantee"] == "none"].tolist()
+        if empty:
+            warnings.warn(
+                f"too few calibration rows to hold a false-alarm rate of {self._calibration().false_alarm_rate:g} for "
+                f"{_shortened([str(name) for name in empty])}; see thresholds_",
+                stacklevel=3,
+            )
 
     @property
     def thresholds_(self) -> pd.DataFrame:
@@ -578,6 +596,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             frame = to_frame(X)
             absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
             X = _with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
+        if is_table(X) and self.layout_.ignored:
+            X = _with_ignored(to_frame(X), self.layout_)
         return feature_frame(self, X, reset=False, expected=self.layout_).set_axis(list(self.layout_.columns), axis=1)
 
     def _frame(self, X: Any, condition: Any) -> pd.DataFrame:
@@ -677,6 +697,23 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 def _with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:
     """``frame`` with further columns in which every cell is missing."""
     return pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=list(names))], axis=1)
+
+
+def _fill(cells: pd.Series, expected: pd.Series) -> pd.Series:
+    """Missing cells filled; whole numbers become floats, because an expectation is one."""
+    if not cells.isna().any():
+        return cells
+    numeric = pd.api.types.is_numeric_dtype(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype)
+    if numeric:
+        cells = pd.Series(cells.to_numpy(dtype=np.float64, na_value=np.nan), index=cells.index)
+    return cells.where(cells.notna(), expected)
+
+
+def _with_ignored(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """``frame`` with the ignored columns of fit, empty where they are absent: nobody looks at them."""
+    absent = set(layout.ignored) - set(frame.columns)
+    expected = [name for name in layout.columns if name not in absent]
+    return frame.reindex(columns=list(layout.columns)) if absent and list(frame.columns) == expected else frame
 
 
 def _shortened(names: list[str], most: int = 10) -> str:

@@ -11,6 +11,8 @@ from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.scoring import ColumnScores
 
 KL = "kl"
+INTERVAL_DRAWS = 100
+ROWS_PER_BLOCK = 200
 
 
 def column_scores(model: FittedModel, encoded: Encoded) -> ColumnScores:
@@ -37,42 +39,55 @@ def _marginal_column_scores(model: FittedModel, encoded: Encoded) -> ColumnScore
     return ColumnScores(columns, model.scores(encoded, "elbo") - columns.sum(axis=1))
 
 
-def top_columns(
-    model: FittedModel,
-    encoded: Encoded,
-    observed_cells: pd.DataFrame,
-    n_top: int,
-    rng_seed: int,
-    n_draws: int,
-) -> pd.DataFrame:
-    """The ``n_top`` most surprising columns of every row, one line each.
+def excess_nats(model: FittedModel, encoded: Encoded, columns: FloatArray) -> FloatArray:
+    """Nats of each column above what it costs a normal row of the class, (N, D); -inf for a missing cell.
 
-    Those cells are hidden together and drawn again given the rest of the row: ``expected`` is the mean or
-    most probable value, ``low`` and ``high`` bound the central 90 % of the draws (numbers only).
+    A column's nats depend on its unit (a density in Pa is not one in MPa); the excess does not.
     """
-    nats = column_scores(model, encoded).columns
-    top = np.argsort(-nats, axis=1, kind="stable")[:, :n_top]
-    hidden = encoded.hide(_grouped_mask(model, top, encoded.observed.shape))
-    known = _most_probable_class(model, hidden)
-    expected = model.encoder.decode(model.engine.expected(known))
-    low, high = _interval(model, known, rng_seed, n_draws)
-    names, rows = model.encoder.schema.names, np.arange(len(top))
-    lines = [
-        pd.DataFrame(
-            {
-                "row": observed_cells.index.to_numpy(),
-                "rank": rank + 1,
-                "column": [names[d] for d in chosen],
-                "nats": nats[rows, chosen],
-                "observed": _pick(observed_cells[names], chosen),
-                "expected": _pick(expected, chosen),
-                "low": low[rows, chosen],
-                "high": high[rows, chosen],
-            }
-        )
-        for rank, chosen in enumerate(top.T)
+    assert model.calibration is not None
+    typical = model.calibration.typical_nats[model.groups(encoded)]
+    observed = model.encoder.ungroup(encoded.observed.astype(np.float64)) > 0
+    return np.where(observed, columns - model.encoder.ungroup(typical), -np.inf)
+
+
+def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int) -> pd.DataFrame:
+    """The ``n_top`` most surprising columns of every row, one line each, rows in the order of ``cells``.
+
+    Columns are ranked by `excess_nats`. The ranked cells are hidden together and drawn again given the rest
+    of the row: ``expected`` is the mean or most probable value, ``low`` and ``high`` bound the central 90 % of
+    the draws (numbers only).
+    """
+    blocks = [
+        _top_columns_of_block(model, encoded.take(rows), cells.iloc[rows], n_top, seed)
+        for rows in np.split(np.arange(len(cells)), range(ROWS_PER_BLOCK, len(cells), ROWS_PER_BLOCK))
     ]
-    return pd.concat(lines).sort_values(["row", "rank"], kind="stable").reset_index(drop=True)
+    return pd.concat(blocks, ignore_index=True)
+
+
+def _top_columns_of_block(
+    model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int
+) -> pd.DataFrame:
+    nats = column_scores(model, encoded).columns
+    excess = excess_nats(model, encoded, nats)
+    top = np.argsort(-excess, axis=1, kind="stable")[:, :n_top]
+    known = _most_probable_class(model, encoded.hide(_grouped_mask(model, top, encoded.observed.shape)))
+    expected = model.encoder.decode(model.engine.expected(known))
+    low, high = _interval(model, known, seed)
+    rows, chosen = np.repeat(np.arange(len(top)), top.shape[1]), top.ravel()
+    names = model.encoder.schema.names
+    return pd.DataFrame(
+        {
+            "row": cells.index.to_numpy()[rows],
+            "rank": np.tile(np.arange(1, top.shape[1] + 1), len(top)),
+            "column": [names[d] for d in chosen],
+            "nats": nats[rows, chosen],
+            "excess_nats": excess[rows, chosen],
+            "observed": _pick(cells[names], rows, chosen),
+            "expected": _pick(expected, rows, chosen),
+            "low": low[rows, chosen],
+            "high": high[rows, chosen],
+        }
+    )
 
 
 def _grouped_mask(model: FittedModel, top: IntArray, shape: tuple[int, ...]) -> BoolArray:
@@ -89,8 +104,8 @@ def _most_probable_class(model: FittedModel, encoded: Encoded) -> Encoded:
     return encoded.of_class(np.where(groups == model.n_classes, best, groups))
 
 
-def _interval(model: FittedModel, encoded: Encoded, seed: int, n_draws: int) -> tuple[FloatArray, FloatArray]:
-    draws = model.engine.draw(encoded, n_draws, model.engine.generator(seed))
+def _interval(model: FittedModel, encoded: Encoded, seed: int) -> tuple[FloatArray, FloatArray]:
+    draws = model.engine.draw(encoded, INTERVAL_DRAWS, model.engine.generator(seed))
     low, high = np.quantile(draws, [0.05, 0.95], axis=0)
     return _numbers(model, low), _numbers(model, high)
 
@@ -106,5 +121,5 @@ def _numbers(model: FittedModel, values: FloatArray) -> FloatArray:
     return model.encoder.ungroup(numbers)
 
 
-def _pick(frame: pd.DataFrame, chosen: IntArray) -> np.ndarray:
-    return frame.astype(object).to_numpy()[np.arange(len(chosen)), chosen]
+def _pick(frame: pd.DataFrame, rows: IntArray, chosen: IntArray) -> np.ndarray:
+    return frame.astype(object).to_numpy()[rows, chosen]

@@ -96,9 +96,10 @@ class FittedModel:
     ) -> FittedModel:
         """The same model with reference scores from ``encoded`` normals."""
         names = self.encoder.schema.class_names + ([MARGINAL] if self.has_unknown_group else [])
-        references = self._references(encoded, rng, with_levels=contamination is None)
+        typical = self._mean_nats(self.engine.column_scores(encoded).columns, encoded)
+        references = self._references(encoded, typical, rng, with_levels=contamination is None)
         calibration = Calibration(
-            references, tuple(names), false_alarm_rate, contamination, rows, set_at, self.engine.tolerance
+            references, tuple(names), false_alarm_rate, contamination, rows, set_at, self.engine.tolerance, typical
         )
         return replace(self, calibration=calibration)
 
@@ -135,9 +136,10 @@ class FittedModel:
             known["contrast"].tail_calibrated(contrast, groups, observed),
         )
 
-    def _references(self, encoded: Encoded, rng: np.random.Generator, with_levels: bool) -> dict[str, Reference]:
-        parts = self.engine.column_scores(encoded)
-        offsets = self._mean_nats(parts.columns, encoded) if with_levels else None
+    def _references(
+        self, encoded: Encoded, typical: FloatArray, rng: np.random.Generator, with_levels: bool
+    ) -> dict[str, Reference]:
+        offsets = typical if with_levels else None
         levels = missing_levels(encoded.values.shape[1]) if with_levels else np.zeros(1, dtype=np.int64)
         hidden = [self._with_missing(encoded, int(level), rng) for level in levels]
         raw = [self._raw_scores(rows) for rows in hidden]

@@ -116,7 +116,7 @@ def surprising_images(
             axes[1, place].imshow(nats[i], cmap="Reds", vmin=0, vmax=max(float(nats[i].max()), 1e-9), alpha=0.75)
             axes[2, place].imshow(np.clip(expected[i], 0, brightest), cmap="gray_r", vmin=0, vmax=brightest)
         for axis, text in zip(
-            axes[:, 0], ("the row", "nats per pixel", "expected for the\nclaimed class"), strict=True
+            axes[:, 0], ("the row", "nats above the\nrow's mean", "expected for the\nclaimed class"), strict=True
         ):
             axis.text(-0.12, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8.5)
     return drawn

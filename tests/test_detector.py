@@ -196,7 +196,11 @@ def test_score_table_agrees_with_the_methods(detector, table):
     np.testing.assert_allclose(scored["p_value"], detector.p_values(table))
     np.testing.assert_array_equal(scored["is_anomaly"], detector.predict(table) == -1)
     assert (scored["condition"] == table["type"]).all()
-    assert scored["top_nats"].to_numpy() == pytest.approx(detector.explain(table).drop(columns="kl").max(axis=1))
+    explained = detector.explain(table)
+    own = [explained[name].iloc[i] for i, name in enumerate(scored["top_column"])]
+    np.testing.assert_allclose(scored["top_nats"], own)
+    top = detector.top_columns(table.head(30), n=1)
+    assert top["column"].tolist() == scored["top_column"].head(30).tolist()
 
 
 def test_same_model_from_frame_arrow_and_nullable_dtypes(table):
@@ -371,3 +375,59 @@ def test_html_repr_and_metadata_routing_do_not_break(detector, table):
     assert "CVAEDetector" in detector._repr_html_()
     with config_context(enable_metadata_routing=True):
         assert detector.predict(table).shape == (len(table),)
+
+
+def test_what_stands_out_does_not_depend_on_the_unit():
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame(
+        {
+            "pressure": rng.normal(1e5, 1e3, 1500),
+            "strain": rng.normal(0.0, 1e-5, 1500),
+            "gap": np.where(rng.random(1500) < 0.3, np.nan, rng.normal(size=1500)),
+        }
+    )
+    fitted = CVAEDetector(max_steps=300, hidden_dims=(16,), n_estimators=1, random_state=0).fit(frame)
+    strained = frame.head(100).assign(strain=8e-5, gap=np.nan)
+    assert (fitted.score_table(strained, top_column=True)["top_column"] == "strain").all()
+    assert (fitted.top_columns(strained, n=3).groupby("row")["column"].last() == "gap").all()
+
+
+def test_top_columns_keep_the_order_of_rows_and_repeated_labels(detector, table):
+    chosen = table.iloc[[7, 3, 3]].set_axis(["z", "b", "b"])
+    top = detector.top_columns(chosen, n=2)
+    assert top["row"].tolist() == ["z", "z", "b", "b", "b", "b"]
+    assert top["rank"].tolist() == [1, 2] * 3
+
+
+def test_ignored_columns_need_not_be_there_when_scoring(detector, table):
+    np.testing.assert_array_equal(detector.predict(table.drop(columns="serial")), detector.predict(table))
+    assert detector.predict(detector.sample(5, random_state=0)).shape == (5,)
+    assert detector.predict(detector.impute(table.head())).shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "int64[pyarrow]"])
+def test_impute_fills_whole_numbers_with_what_is_expected(dtype):
+    if "pyarrow" in dtype:
+        pytest.importorskip("pyarrow")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=200), "n": pd.Series(rng.poisson(4, 200), dtype=dtype)})
+    frame.loc[:9, "n"] = pd.NA
+    filled = CVAEDetector(**TINY).fit(frame).impute(frame)
+    assert filled["n"].notna().all()
+    assert filled["n"].iloc[10:].tolist() == frame["n"].iloc[10:].tolist()
+
+
+def test_recalibrating_needs_rows_of_every_class(detector, table):
+    with pytest.raises(ConditionError, match="no rows of furnace"):
+        clone_of(detector).recalibrate(machines(100, seed=3).query("type == 'fridge'"))
+
+
+def test_a_rate_that_cannot_be_held_is_said_so(detector):
+    with pytest.warns(UserWarning, match="too few calibration rows to hold a false-alarm rate of 0.0001"):
+        clone_of(detector).recalibrate(false_alarm_rate=0.0001)
+
+
+def clone_of(detector: CVAEDetector) -> CVAEDetector:
+    other = clone(detector)
+    other.__dict__.update({name: value for name, value in vars(detector).items() if name not in other.get_params()})
+    return other

@@ -25,6 +25,8 @@ class RobustNormal(Normal):
     costs thousands of nats, and differs between classes by hundreds for no reason. Here a cell far out
     costs about log(1 / e) + 2 log(distance): still the most surprising one of its row, but no more than
     that, and alike under every class, so that it cancels in the contrast. After Tukey (1960).
+
+    Draws are of the normal part: the other stands for what the model does not know.
     """
 
     name = "robust_normal"
@@ -41,10 +43,3 @@ class RobustNormal(Normal):
         kept = -0.5 * ((values - mean).square() / variance + torch.log(variance)) - (HALF_LOG_TWO_PI - self.log_kept)
         outlier = self.log_outlier - torch.log1p((values / OUTLIER_WIDTH).square())
         return torch.logaddexp(kept, outlier) - self.log_scale
-
-    def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
-        """A normal draw, or, once in a thousand cells, a Cauchy one."""
-        normal = super().sample(parameters, generator)
-        uniform = torch.rand(normal.shape, generator=generator, device=normal.device, dtype=normal.dtype)
-        cauchy = torch.empty_like(normal).cauchy_(0.0, OUTLIER_WIDTH, generator=generator)
-        return torch.where(uniform < OUTLIER_SHARE, cauchy, normal)
