@@ -136,7 +136,7 @@ def copy_with(detector: CVAEDetector, score_kind: str) -> CVAEDetector:
 def results_table(candidates: list[Candidate], data: ClaimedDigits) -> Table:
     """One line per candidate."""
     table = Table(
-        title="Do anomalies rank above normals (AUROC, AP: average precision), and how many\nof each are flagged?",
+        title="Do anomalies rank above normals, and how many are flagged? (AP: average precision)",
         **TABLE_STYLE,
     )
     for header in ("model", "score"):
@@ -168,7 +168,7 @@ def _roc_auc_of(what: str, candidate: Candidate, data: ClaimedDigits) -> float:
 def per_class_table(candidates: list[Candidate], data: ClaimedDigits) -> Table:
     """AUROC and average precision per claimed digit."""
     claimed = data.test["claimed"].to_numpy()
-    table = Table(title="Per claimed digit: AUROC, and average precision below it", **TABLE_STYLE)
+    table = Table(title="Per claimed digit: AUROC, and below it AP", **TABLE_STYLE)
     table.add_column("model")
     table.add_column("score")
     for digit in range(10):
@@ -204,8 +204,8 @@ def thresholds_note(best: Candidate, data: ClaimedDigits) -> str:
     return (
         f"False alarms of the {best.name} model ({best.kind}): asked {best.detector.false_alarm_rate:.1%}, realised "
         f"{false_alarms:.1%}\nof {normal.sum()} normals. A right threshold from {rows} calibration rows gives\n"
-        f"{low:.1%} to {high:.1%} (95 %). Guarantee: {guarantees}: {rows // 10} rows per digit cannot resolve 1 %,\nso "
-        "each digit borrows the others' rows, and many anomalies rank high but stay unflagged.\n"
+        f"{low:.1%} to {high:.1%} (95 %). Guarantee: {guarantees}. {rows // 10} rows per digit cannot\n"
+        "resolve 1 %, so each digit borrows the others' rows, and many anomalies\nrank high but stay unflagged.\n"
     )
 
 
