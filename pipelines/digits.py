@@ -136,7 +136,7 @@ def copy_with(detector: CVAEDetector, score_kind: str) -> CVAEDetector:
 def results_table(candidates: list[Candidate], data: ClaimedDigits) -> Table:
     """One line per candidate."""
     table = Table(
-        title="Do anomalies rank above normals, and how many are flagged? (AP: average precision)",
+        title="Ranking (AP: average precision), and verdicts at 1 % false alarms",
         **TABLE_STYLE,
     )
     for header in ("model", "score"):
