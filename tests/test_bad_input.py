@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import scipy.sparse
-import torch
 from scipy.special import logsumexp
-from threadpoolctl import threadpool_limits
 
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
@@ -46,16 +43,6 @@ def rows(n: int = 150, seed: int = 0) -> pd.DataFrame:
 
 def numbers(n: int = 150, seed: int = 0) -> pd.DataFrame:
     return rows(n, seed)[["temperature", "load", "errors"]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny networks only wait for each other, for seconds when another process has the cores."""
-    before = torch.get_num_threads()
-    with threadpool_limits(1):
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

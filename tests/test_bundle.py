@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from safetensors.numpy import load_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from threadpoolctl import threadpool_limits
 
 from anomaly_cvae import CVAEDetector, bundle
 from anomaly_cvae.errors import BundleError
@@ -46,16 +43,6 @@ DETECTORS: dict[str, dict[str, Any]] = {
         "hidden_dims": [16, 8],
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny networks only wait for each other, for seconds when another process has the cores."""
-    before = torch.get_num_threads()
-    with threadpool_limits(1):
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(before)
 
 
 def detector(**parameters: Any) -> CVAEDetector:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy.stats import betabinom
-from threadpoolctl import threadpool_limits
 
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.calibration import (
@@ -33,16 +30,6 @@ N_COLUMNS = 8
 RATE = 0.05
 TRAINING_ROWS = {"big": 4000, "middle": 1500, "small": 70}
 LARGE = ("big", "middle")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of tiny networks only wait for each other, for seconds when another process has the cores."""
-    before = torch.get_num_threads()
-    with threadpool_limits(1):
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------- conformal p-values and thresholds
