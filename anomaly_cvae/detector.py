@@ -23,7 +23,17 @@ from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
 from anomaly_cvae.fitting import FitSettings, Split, fit_model, now
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells, to_frame
-from anomaly_cvae.inputs import Layout, condition_frame, feature_frame, resolve_keys, resolve_names
+from anomaly_cvae.inputs import (
+    Layout,
+    condition_frame,
+    feature_frame,
+    fill,
+    resolve_keys,
+    resolve_names,
+    shortened,
+    with_ignored,
+    with_missing,
+)
 from anomaly_cvae.objectives import objective
 from anomaly_cvae.parameters import check_parameters
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
@@ -431,7 +441,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         expected = self.model_.encoder.decode(generation.impute(self.model_, self._with_class(encoded)), frame.index)
-        filled = {name: _fill(frame[name], expected[name]) for name in self.schema_.names}
+        filled = {name: fill(frame[name], expected[name]) for name in self.schema_.names}
         return self._like_x(pd.DataFrame(filled, index=frame.index), frame)
 
     def condition_proba(self, X: Any) -> pd.DataFrame:
@@ -484,7 +494,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             )
         absent = sorted(set(range(self.model_.n_classes)) - set(encoded.class_index.tolist()))
         if absent:
-            names = _shortened([self.schema_.class_names[k] for k in absent])
+            names = shortened([self.schema_.class_names[k] for k in absent])
             raise ConditionError(f"X has no rows of {names}; recalibrate on rows of every class")
         self.model_ = self.model_.calibrate(
             encoded,
@@ -503,7 +513,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if empty:
             warnings.warn(
                 f"too few calibration rows to hold a false-alarm rate of {self._calibration().false_alarm_rate:g} for "
-                f"{_shortened([str(name) for name in empty])}; see thresholds_",
+                f"{shortened([str(name) for name in empty])}; see thresholds_",
                 stacklevel=3,
             )
 
@@ -595,9 +605,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if not need_condition and is_table(X):
             frame = to_frame(X)
             absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
-            X = _with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
+            X = with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
         if is_table(X) and self.layout_.ignored:
-            X = _with_ignored(to_frame(X), self.layout_)
+            X = with_ignored(to_frame(X), self.layout_)
         return feature_frame(self, X, reset=False, expected=self.layout_).set_axis(list(self.layout_.columns), axis=1)
 
     def _frame(self, X: Any, condition: Any) -> pd.DataFrame:
@@ -608,7 +618,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                     f"this detector was fitted with condition= ({', '.join(map(str, passed))}) and never scores "
                     "without: pass condition=, or set missing_condition='marginal'"
                 )
-            return _with_missing(features, passed)
+            return with_missing(features, passed)
         if condition is not None and not passed:
             raise ConditionError(
                 "condition= was passed, but fit had none; its conditions are "
@@ -640,7 +650,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             cells = self._frame(X, condition)[names].iloc[unseen[0]].tolist()
             raise ConditionError(
                 f"condition {', '.join(map(str, names))} is {', '.join(map(str, cells))!r} in row {unseen[0]}, a class "
-                f"not seen in training ({unseen.size} row(s) in all); seen: {_shortened(self.schema_.class_names)}. "
+                f"not seen in training ({unseen.size} row(s) in all); seen: {shortened(self.schema_.class_names)}. "
                 "Set unseen_class='anomaly' to flag such rows, or 'marginal' to average over the classes"
             )
 
@@ -678,7 +688,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         unknown = np.flatnonzero((classes < 0) | (classes >= self.model_.n_classes))
         if unknown.size:
             raise ConditionError(
-                f"no class {conditions.iloc[unknown[0]].tolist()}; there are {_shortened(self.schema_.class_names)}"
+                f"no class {conditions.iloc[unknown[0]].tolist()}; there are {shortened(self.schema_.class_names)}"
             )
         return classes, continuous
 
@@ -692,29 +702,3 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
     def _index(self, X: Any) -> pd.Index | None:
         return to_frame(X).index if is_table(X) else None
-
-
-def _with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:
-    """``frame`` with further columns in which every cell is missing."""
-    return pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=list(names))], axis=1)
-
-
-def _fill(cells: pd.Series, expected: pd.Series) -> pd.Series:
-    """Missing cells filled; whole numbers become floats, because an expectation is one."""
-    if not cells.isna().any():
-        return cells
-    numeric = pd.api.types.is_numeric_dtype(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype)
-    if numeric:
-        cells = pd.Series(cells.to_numpy(dtype=np.float64, na_value=np.nan), index=cells.index)
-    return cells.where(cells.notna(), expected)
-
-
-def _with_ignored(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """``frame`` with the ignored columns of fit, empty where they are absent: nobody looks at them."""
-    absent = set(layout.ignored) - set(frame.columns)
-    expected = [name for name in layout.columns if name not in absent]
-    return frame.reindex(columns=list(layout.columns)) if absent and list(frame.columns) == expected else frame
-
-
-def _shortened(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -175,3 +175,30 @@ def _as_condition_frame(condition: Any) -> pd.DataFrame:
         raise ConditionError(f"condition must have one or two dimensions, not {cells.ndim}")
     names = ["condition", *(f"condition_{q}" for q in range(1, cells.shape[1]))]
     return pd.DataFrame(cells, columns=names[: cells.shape[1]]).infer_objects()
+
+
+def with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:
+    """``frame`` with further columns in which every cell is missing."""
+    return pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=list(names))], axis=1)
+
+
+def fill(cells: pd.Series, expected: pd.Series) -> pd.Series:
+    """Missing cells filled; whole numbers become floats, because an expectation is one."""
+    if not cells.isna().any():
+        return cells
+    numeric = pd.api.types.is_numeric_dtype(cells.dtype) and not pd.api.types.is_bool_dtype(cells.dtype)
+    if numeric:
+        cells = pd.Series(cells.to_numpy(dtype=np.float64, na_value=np.nan), index=cells.index)
+    return cells.where(cells.notna(), expected)
+
+
+def with_ignored(frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """``frame`` with the ignored columns of fit, empty where they are absent: nobody looks at them."""
+    absent = set(layout.ignored) - set(frame.columns)
+    expected = [name for name in layout.columns if name not in absent]
+    return frame.reindex(columns=list(layout.columns)) if absent and list(frame.columns) == expected else frame
+
+
+def shortened(names: list[str], most: int = 10) -> str:
+    """The first names, and how many there are in all."""
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
