@@ -76,7 +76,11 @@ class Schema:
     @property
     def class_names(self) -> list[str]:
         """One label per class, for instance ``"L"`` or ``"tcp, http"``; ``"all"`` without classes."""
-        return [", ".join(str(level) for level in levels) or "all" for levels in self.classes]
+        names = [", ".join(str(level) for level in levels) or "all" for levels in self.classes]
+        if len(set(names)) == len(names):
+            return names
+        # Levels that hold a comma themselves, or 1 beside "1": quotes tell them apart.
+        return [", ".join(repr(level) for level in levels) for levels in self.classes]
 
     def class_index(self, cells: Sequence[LevelCells]) -> IntArray:
         """Return the class of each row, shape (N,): -1 for a missing condition, K for one not seen."""

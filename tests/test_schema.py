@@ -404,3 +404,9 @@ def test_a_schema_read_from_json_finds_classes_as_before() -> None:
     frame = pd.DataFrame({"type": ["a", "b", "z"], "zone": [10, 2, 2]})
     cells = [level_cells(frame[name], name) for name in frame]
     np.testing.assert_array_equal(read.class_index(cells), schema.class_index(cells))
+
+
+def test_class_names_stay_apart_when_levels_hold_the_separator() -> None:
+    schema = Schema((), (), (("a, b", "c"), ("a", "b, c")))
+    assert schema.class_names == ["'a, b', 'c'", "'a', 'b, c'"]
+    assert Schema((), (), (("a", "b"), ("a", "c"))).class_names == ["a, b", "a, c"]
