@@ -630,10 +630,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         return pd.concat([features, extra.set_axis(features.index)], axis=1)
 
     def _encode(self, X: Any, condition: Any) -> Encoded:
-        encoded = self.model_.encoder.encode(self._frame(X, condition)) if hasattr(self, "model_") else None
-        if encoded is None:
-            check_is_fitted(self)
-            raise AssertionError("unreachable: check_is_fitted raises")
+        check_is_fitted(self)
+        encoded = self.model_.encoder.encode(self._frame(X, condition))
         self._apply_policies(encoded, X, condition)
         return encoded
 
