@@ -23,6 +23,14 @@ class BundleError(AnomalyCVAEError, ValueError):
     """A saved model is incomplete, changed or of a format this version cannot read."""
 
 
+class OutputError(AnomalyCVAEError, OSError):
+    """A result cannot be written; what was finished before is kept."""
+
+
+class TrackingError(AnomalyCVAEError, RuntimeError):
+    """The tracking server cannot be reached, or refuses."""
+
+
 class TrainingDivergedError(AnomalyCVAEError, FloatingPointError):
     """Training met a value that is not finite."""
 

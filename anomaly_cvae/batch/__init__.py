@@ -1,0 +1,15 @@
+"""Tables in files, of any size: read, score, write; nothing is lost when the job is killed."""
+
+from anomaly_cvae.batch.local import FileResult, ScoreOptions, Summary, score_files
+from anomaly_cvae.batch.source import CsvFormat, TableFile, find_files, read_table
+
+__all__ = [
+    "CsvFormat",
+    "FileResult",
+    "ScoreOptions",
+    "Summary",
+    "TableFile",
+    "find_files",
+    "read_table",
+    "score_files",
+]

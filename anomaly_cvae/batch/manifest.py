@@ -1,0 +1,141 @@
+"""What a scoring job has done: read again after a kill, so that no row is lost and none is written twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from anomaly_cvae.batch.sink import PARTIAL, sync
+from anomaly_cvae.errors import DataError
+
+NAME = "_manifest.json"
+LOCK = ".lock"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished file: what the input was when it was scored, and what came out.
+
+    ``classes`` maps a class to its rows and anomalies.
+    """
+
+    output: str
+    size: int
+    modified_ns: int
+    rows: int
+    classes: Mapping[str, tuple[int, int]]
+    seconds: float
+
+    @property
+    def anomalies(self) -> int:
+        """Flagged rows, of all classes."""
+        return sum(flagged for _, flagged in self.classes.values())
+
+
+@dataclass
+class Manifest:
+    """The finished files of one output folder, under one model and one set of options.
+
+    A context manager that holds the folder: two jobs must not write to it at once.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    _lock: Any = None
+
+    def __enter__(self) -> Self:
+        self._lock = _hold(self.folder)
+        try:
+            self._read()
+            for left in self.folder.rglob(f".*{PARTIAL}"):
+                left.unlink()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_done(self, path: Path, output: Path) -> Entry | None:
+        """The entry of an input that has not changed since it was scored, if its output is still there."""
+        entry, stat = self.entries.get(key_of(path)), path.stat()
+        if entry is None or (entry.size, entry.modified_ns) != (stat.st_size, stat.st_mtime_ns):
+            return None
+        return entry if self.folder / entry.output == output and output.is_file() else None
+
+    def add(self, path: Path, entry: Entry) -> None:
+        """Note a finished file, at once and for good."""
+        self.entries[key_of(path)] = entry
+        beside = self.folder / f".{NAME}{PARTIAL}"
+        content = {
+            "version": VERSION,
+            "identity": dict(self.identity),
+            "files": {name: asdict(entry) for name, entry in self.entries.items()},
+        }
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        sync(beside)
+        os.replace(beside, self.folder / NAME)
+        sync(self.folder)
+
+    def _read(self) -> None:
+        """Take over what an earlier job with this model and these options has finished."""
+        path = self.folder / NAME
+        if not path.is_file():
+            return
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            same = content["version"] == VERSION and content["identity"] == json.loads(json.dumps(dict(self.identity)))
+            entries = {
+                name: Entry(**{**entry, "classes": {c: (n, a) for c, (n, a) in entry["classes"].items()}})
+                for name, entry in content["files"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is not readable ({error}); delete it to have every file scored again, or choose another folder"
+            ) from error
+        self.entries = entries if same else {}
+
+
+def key_of(path: Path) -> str:
+    """The name under which an input stands in the manifest."""
+    return str(path.resolve())
+
+
+def _hold(folder: Path) -> Any:
+    """An open lock file in ``folder``; the operating system frees it when this process ends, however it ends.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be written to, or another job holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another output folder") from error
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: the folder is not guarded there
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise DataError(f"{folder}: another job is writing there; wait for it, or choose another folder") from error
+    return lock

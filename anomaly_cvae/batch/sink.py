@@ -1,0 +1,140 @@
+"""Scored rows out: one Parquet file per input, written beside its place and renamed when it is complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from anomaly_cvae.errors import MissingDependencyError
+
+PARTIAL = ".partial"
+ROWS_PER_GROUP = 1 << 18
+SCORED_TYPES = {
+    "condition": "string",
+    "negative_elbo": "double",
+    "score": "double",
+    "threshold": "double",
+    "p_value": "double",
+    "is_anomaly": "bool",
+    "contrast": "double",
+    "top_column": "string",
+    "top_nats": "double",
+}
+"""Columns of a scored table and their Arrow types; the same in every file, whatever its rows."""
+
+
+class ScoredFile:
+    """Writes one scored file; nothing stands at ``path`` until all of it does.
+
+    A context manager: on an error the unfinished file is removed.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.path, self.metadata = path, dict(metadata)
+        self.partial = path.with_name(f".{path.name}{PARTIAL}")
+        self.writer: Any = None
+        self.waiting: list[Any] = []
+        self.n_waiting = 0
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, kept: pd.DataFrame, scored: pd.DataFrame) -> None:
+        """Append rows: kept input columns, then the scored ones."""
+        arrow, _ = _pyarrow()
+        columns = {name: _kept(kept[name]) for name in kept.columns}
+        columns |= {
+            name: arrow.array(scored[name].to_numpy(), type=SCORED_TYPES[name], from_pandas=SCORED_TYPES[name] == "string")
+            for name in scored.columns
+        }
+        table = arrow.table(columns)
+        if self.waiting:
+            table = table.cast(self.waiting[0].schema)
+        elif self.writer is not None:
+            table = table.cast(self.writer.schema.remove_metadata())
+        self.waiting.append(table)
+        self.n_waiting += len(table)
+        if self.n_waiting >= ROWS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        arrow, parquet = _pyarrow()
+        if not self.waiting:
+            return
+        table = arrow.concat_tables(self.waiting)
+        if self.writer is None:
+            schema = table.schema.with_metadata({k.encode(): v.encode() for k, v in self.metadata.items()})
+            self.writer = parquet.ParquetWriter(self.partial, schema)
+        self.writer.write_table(table.replace_schema_metadata(self.writer.schema.metadata))
+        self.waiting, self.n_waiting = [], 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self.writer.close()
+                self.writer = None
+                sync(self.partial)
+                os.replace(self.partial, self.path)
+                sync(self.path.parent)
+        finally:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        if self.writer is not None:
+            try:
+                self.writer.close()
+            except OSError:  # the disk that made this file fail also refuses its footer
+                pass
+        self.partial.unlink(missing_ok=True)
+
+
+def _kept(cells: pd.Series) -> Any:
+    arrow, _ = _pyarrow()
+    values = arrow.array(cells, from_pandas=True)
+    return values if not isinstance(values, arrow.ChunkedArray) else values.combine_chunks()
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write ``path``, a file or a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a scored file says of the model that scored it."""
+    _, parquet = _pyarrow()
+    pairs = parquet.read_schema(path).metadata or {}
+    return {key.decode(): value.decode() for key, value in pairs.items() if key != b"ARROW:schema"}
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingDependencyError("tables in files need pyarrow: pip install pyarrow") from error
+    return pyarrow, pyarrow.parquet
+
+
+def counts_by_class(scored: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Rows and anomalies of each class in a scored table."""
+    names = scored["condition"].fillna("(missing)").astype(str).to_numpy()
+    classes, inverse = np.unique(names.astype(object).astype(str), return_inverse=True)
+    rows = np.bincount(inverse, minlength=len(classes))
+    anomalies = np.bincount(inverse, weights=scored["is_anomaly"].to_numpy(dtype=np.float64), minlength=len(classes))
+    return {str(c): (int(n), int(a)) for c, n, a in zip(classes, rows, anomalies, strict=True)}
