@@ -25,7 +25,8 @@ from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import AggregatePosterior
 from anomaly_cvae.scoring import ScoringEngine
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: thresholds say who set them. Format 1 is read, too."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"
@@ -154,6 +155,27 @@ def model_hash(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def provenance(path: str | Path) -> dict[str, str]:
+    """Where a bundle comes from, as `annotate` noted it; empty if nobody did.
+
+    Raises
+    ------
+    BundleError
+        If ``path`` is no bundle.
+    """
+    return {str(name): str(value) for name, value in _read_manifest(Path(path)).get("provenance", {}).items()}
+
+
+def annotate(path: str | Path, notes: Mapping[str, str]) -> None:
+    """Add to what a bundle says of its origin (run, data, user); the model's hash stays what it was."""
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    manifest["provenance"] = {**manifest.get("provenance", {}), **notes}
+    beside = folder / f".{MANIFEST}.{uuid4().hex[:8]}"
+    _write_json(beside, manifest)
+    beside.replace(folder / MANIFEST)
+
+
 def _write(bundle: Bundle, folder: Path) -> None:
     model, engine = bundle.model, bundle.model.engine
     if model.calibration is None:
@@ -183,6 +205,7 @@ def _write(bundle: Bundle, folder: Path) -> None:
             "contamination": calibration.contamination,
             "rows": calibration.rows,
             "set_at": calibration.set_at,
+            "set_by": calibration.set_by,
             "tolerance": calibration.tolerance,
         },
     )

@@ -266,6 +266,7 @@ class Calibration:
     set_at: str
     tolerance: float
     typical_nats: FloatArray
+    set_by: str = ""
 
     def thresholds(self, kind: str, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Threshold of each row's score of this kind, (N,)."""
@@ -311,6 +312,7 @@ class Calibration:
                 "calibration_rows": [len(own) for own in reference.scores[0]],
                 "rule": self._rule(kind),
                 "set_at": self.set_at,
+                "set_by": self.set_by,
             },
             index=pd.Index(self.group_names, name="class"),
         )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
@@ -21,7 +21,7 @@ from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
-from anomaly_cvae.fitting import FitSettings, Split, fit_model, now
+from anomaly_cvae.fitting import FitSettings, Split, fit_model, now, who
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells, to_frame
 from anomaly_cvae.inputs import (
     Layout,
@@ -43,6 +43,10 @@ from anomaly_cvae.training import Training, TrainingSettings
 
 FLAGGED = -np.finfo(np.float64).tiny
 """Largest decision of a row that policy, not its score, makes an anomaly."""
+
+
+UNKNOWN_CLASS = "(unknown class)"
+"""Where rows of a class not seen in training, or with a missing condition, are grouped."""
 
 
 class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
@@ -95,7 +99,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     model_ : FittedModel, the bank with its encoder and calibration
     schema_ : Schema, what every column was taken for
     history_ : DataFrame, one row per epoch (losses in nats per row, seconds since the start)
-    thresholds_ : DataFrame by class: threshold, calibration rows, guarantee, rule, time
+    thresholds_ : DataFrame by class: threshold, calibration rows, guarantee, rule, time, who set it
     offset_ : float, minus the pooled threshold
     n_features_in_, feature_names_in_ : as in scikit-learn
     """
@@ -202,6 +206,21 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 stacklevel=2,
             )
         return self
+
+    def infer_schema(self, X: Any, *, condition: Any = None) -> Schema:
+        """What `fit` would take the columns and conditions of ``X`` for; nothing is trained or stored.
+
+        Raises
+        ------
+        DataError, ConditionError, ParameterError
+            As `fit` does.
+        """
+        check_parameters(self)
+        fresh = clone(self)
+        features = feature_frame(fresh, X, reset=True)
+        fresh.layout_, frame = fresh._read_layout(X, features, condition)
+        schema: Schema = fresh._infer_schema(features, frame)[0]
+        return schema
 
     def _read_layout(self, X: Any, features: pd.DataFrame, condition: Any) -> tuple[Layout, pd.DataFrame]:
         in_x = resolve_names(self.condition_columns, features, "condition_columns")
@@ -417,6 +436,32 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         n = min(n, len(self.schema_.columns))
         return explain.top_columns(self.model_, encoded, frame, n, seed=0)
 
+    def class_negative_elbo(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
+        """Negative ELBO of each row under every class, (N, K), nats: the least is where it would be most normal.
+
+        Raises
+        ------
+        ConditionError
+            Without a categorical condition of at least two classes.
+        """
+        check_is_fitted(self)
+        require_contrast(self.schema_)
+        nats = self.model_.engine.class_negative_elbo(self._encode(X, condition))
+        return pd.DataFrame(nats, columns=self.schema_.class_names, index=self._index(X))
+
+    def alarm_columns(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
+        """Which columns drive the alarms among the rows of X: one line per class with alarms and column.
+
+        ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the most surprising
+        one, and ``excess_nats`` is the mean over them of its nats above what it costs a normal row.
+        """
+        encoded = self._encode(X, condition)
+        decisions = self._decisions(encoded, self.model_.scores(encoded, self._kind()))
+        flagged = np.flatnonzero(decisions < 0)
+        names = np.array([*self.schema_.class_names, UNKNOWN_CLASS], dtype=object)
+        alarms = encoded.take(flagged)
+        return explain.alarm_columns(self.model_, alarms, names[self.model_.groups(alarms)])
+
     def sample(self, n: int, *, condition: Any = None, random_state: Any = None) -> Any:
         """Draw ``n`` rows of p(x | c), like X.
 
@@ -479,7 +524,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if not 0.0 < rate < 1.0:
             raise ParameterError(f"false_alarm_rate must lie in (0, 1), not {rate}")
         if X is None:
-            changed = replace(calibration, false_alarm_rate=rate, contamination=None, set_at=now())
+            changed = replace(calibration, false_alarm_rate=rate, contamination=None, set_at=now(), set_by=who())
             self.model_ = replace(self.model_, calibration=changed)
             self._warn_of_empty_promises()
             return self
@@ -502,6 +547,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             contamination=None,
             rows=HELD_OUT,
             set_at=now(),
+            set_by=who(),
             rng=np.random.default_rng(0),
         )
         self._warn_of_empty_promises()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from anomaly_cvae.encoding import Encoded
@@ -48,6 +49,22 @@ def excess_nats(model: FittedModel, encoded: Encoded, columns: FloatArray) -> Fl
     typical = model.calibration.typical_nats[model.groups(encoded)]
     observed = model.encoder.ungroup(encoded.observed.astype(np.float64)) > 0
     return np.where(observed, columns - model.encoder.ungroup(typical), -np.inf)
+
+
+def alarm_columns(model: FittedModel, encoded: Encoded, classes: npt.NDArray[np.object_]) -> pd.DataFrame:
+    """Per class (N,) and column of these rows: rows, rows that it tops, mean excess nats; the strongest first."""
+    names = [str(name) for name in model.encoder.schema.names]
+    excess = excess_nats(model, encoded, column_scores(model, encoded).columns)
+    parts = []
+    for name in sorted(set(classes.tolist())):
+        own = excess[classes == name]
+        present = np.isfinite(own)
+        mean = np.where(present, own, 0.0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
+        top = np.bincount(own.argmax(axis=1), minlength=len(names))
+        part = pd.DataFrame({"class": name, "column": names, "alarms": len(own), "top": top, "excess_nats": mean})
+        parts.append(part.sort_values(["top", "excess_nats"], ascending=False))
+    columns = ["class", "column", "alarms", "top", "excess_nats"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int) -> pd.DataFrame:

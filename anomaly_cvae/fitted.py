@@ -92,6 +92,7 @@ class FittedModel:
         contamination: float | None,
         rows: str,
         set_at: str,
+        set_by: str,
         rng: np.random.Generator,
     ) -> FittedModel:
         """The same model with reference scores from ``encoded`` normals."""
@@ -99,7 +100,15 @@ class FittedModel:
         typical = self._mean_nats(self.engine.column_scores(encoded).columns, encoded)
         references = self._references(encoded, typical, rng, with_levels=contamination is None)
         calibration = Calibration(
-            references, tuple(names), false_alarm_rate, contamination, rows, set_at, self.engine.tolerance, typical
+            references=references,
+            group_names=tuple(names),
+            false_alarm_rate=false_alarm_rate,
+            contamination=contamination,
+            rows=rows,
+            set_at=set_at,
+            tolerance=self.engine.tolerance,
+            typical_nats=typical,
+            set_by=set_by,
         )
         return replace(self, calibration=calibration)
 

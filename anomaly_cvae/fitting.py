@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -133,6 +134,7 @@ def calibrate(
         contamination=settings.contamination,
         rows=described,
         set_at=now(),
+        set_by=who(),
         rng=rng,
     )
 
@@ -140,6 +142,14 @@ def calibrate(
 def now() -> str:
     """The time of a calibration, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def who() -> str:
+    """The user who sets thresholds; "unknown" where the system has no name for them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "unknown"
 
 
 def check_class_sizes(class_index: IntArray, schema: Schema, settings: FitSettings) -> None:

@@ -107,9 +107,14 @@ def _resolve(name: Name, frame: pd.DataFrame, parameter: str) -> Name:
         return _plain(name)
     if isinstance(name, (int, np.integer)) and -frame.shape[1] <= name < frame.shape[1]:
         return _plain(frame.columns[int(name)])
-    near = get_close_matches(str(name), [str(column) for column in frame.columns], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; X has {', '.join(map(str, frame.columns[:20]))}"
-    raise ParameterError(f"{parameter}: X has no column {name!r}{hint}")
+    raise ParameterError(f"{parameter}: X has no column {name!r}{nearest(name, frame.columns)}")
+
+
+def nearest(name: Name, known: Iterable[Name]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    names = [str(other) for other in known]
+    near = get_close_matches(str(name), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {shortened(names, 20)}"
 
 
 def _plain(name: Any) -> Name:

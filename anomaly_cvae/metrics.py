@@ -11,10 +11,11 @@ import pandas as pd
 from scipy.stats import betabinom
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from anomaly_cvae.frames import BoolArray, FloatArray
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 
 OVERALL = "overall"
 MACRO = "macro"
+SEEN = "classes seen in training"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,56 @@ class Curves:
     recall: FloatArray
     precision: FloatArray
     pr_threshold: FloatArray
+
+    def thinned(self, most: int) -> Curves:
+        """About ``most`` points of each curve, evenly spaced, both ends among them."""
+
+        def some(length: int) -> IntArray:
+            return np.unique(np.linspace(0, length - 1, min(most, length)).round().astype(np.int64))
+
+        roc, pr = some(len(self.roc_threshold)), some(len(self.recall))
+        return Curves(
+            self.false_positive_rate[roc],
+            self.true_positive_rate[roc],
+            self.roc_threshold[roc],
+            self.recall[pr],
+            self.precision[pr],
+            self.pr_threshold[pr[:-1]],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Labelled rows with their scores and verdicts: what ROC, PR and false-alarm rates are computed from.
+
+    ``scores`` (N,) are higher for anomalies; ``classes`` (N,) names the class of each row; ``seen`` (N,)
+    says which of these classes training knew, None: all of them.
+    """
+
+    is_anomaly: BoolArray
+    scores: FloatArray
+    flagged: BoolArray
+    classes: npt.NDArray[Any]
+    seen: BoolArray | None = None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are normals and anomalies: without both, nothing can be ranked."""
+        return bool(self.is_anomaly.any() and not self.is_anomaly.all())
+
+    @property
+    def ranking(self) -> pd.DataFrame:
+        """AUROC and average precision, overall, macro and per class; of seen classes, too, where not all are."""
+        table = ranking_table(self.is_anomaly, self.scores, self.classes)
+        if self.seen is None or self.seen.all() or not self.seen.any():
+            return table
+        own = pd.DataFrame([_ranking(self.is_anomaly[self.seen], self.scores[self.seen])], index=[SEEN])
+        return pd.concat([table.iloc[:1], own, table.iloc[1:]]).rename_axis("class")
+
+    @property
+    def alarms(self) -> pd.DataFrame:
+        """False-alarm rate, recall and precision of the verdicts, overall and per class."""
+        return alarm_table(self.is_anomaly, self.flagged, self.classes)
 
 
 def roc_auc(is_anomaly: BoolArray, scores: FloatArray) -> float:
@@ -62,8 +113,8 @@ def ranking_table(is_anomaly: BoolArray, scores: FloatArray, classes: npt.NDArra
     lines[MACRO] = {
         "rows": len(scores),
         "anomalies": int(is_anomaly.sum()),
-        "roc_auc": float(np.nanmean([line["roc_auc"] for line in per_class.values()])),
-        "average_precision": float(np.nanmean([line["average_precision"] for line in per_class.values()])),
+        "roc_auc": _mean([line["roc_auc"] for line in per_class.values()]),
+        "average_precision": _mean([line["average_precision"] for line in per_class.values()]),
     }
     return pd.DataFrame.from_dict({**lines, **per_class}, orient="index").rename_axis("class")
 
@@ -114,6 +165,12 @@ def false_alarm_interval(
     tail = (1.0 - confidence) / 2.0
     low, high = betabinom.ppf([tail, 1.0 - tail], n_normals, k, n_calibration + 1 - k)
     return float(low / n_normals), float(high / n_normals)
+
+
+def _mean(values: list[float]) -> float:
+    """Mean of the numbers among ``values``; NaN if there are none."""
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _sorted(classes: npt.NDArray[Any]) -> list[Any]:

@@ -20,6 +20,9 @@ INK = "#1f2937"
 NORMAL = "#4b7bb5"
 ANOMALY = "#d1495b"
 GRID = "#e5e7eb"
+MAX_POINTS = 1_000
+"""Points of a curve on an interactive page."""
+MAX_HISTOGRAMS = 30
 
 
 def figure(width: float, height: float) -> Figure:
@@ -53,9 +56,58 @@ def roc_and_pr(curves: Mapping[str, Curves], areas: Mapping[str, tuple[float, fl
     return drawn
 
 
+def interactive_roc_and_pr(
+    curve: Curves, area: tuple[float, float], operating_point: tuple[float, float, float]
+) -> str:
+    """The same of one model as a page with the threshold under the cursor; it needs no network.
+
+    ``operating_point``: false-alarm rate, recall and precision of the verdicts.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without plotly.
+    """
+    try:
+        from plotly.graph_objects import Scatter
+        from plotly.subplots import make_subplots
+    except ImportError as error:
+        raise MissingDependencyError("interactive figures need plotly: pip install plotly") from error
+    titles = (f"ROC, area {area[0]:.4f}", f"Precision-recall, average precision {area[1]:.4f}")
+    drawn = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.1)
+    thin = curve.thinned(MAX_POINTS)
+    said = (
+        "%{yaxis.title.text} %{y:.3f}<br>%{xaxis.title.text} %{x:.3f}<br>score above %{customdata:.3f}<extra></extra>"
+    )
+    line = {"color": NORMAL, "width": 2}
+    drawn.add_scatter(
+        x=thin.false_positive_rate, y=thin.true_positive_rate, customdata=thin.roc_threshold, hovertemplate=said,
+        line=line, showlegend=False, row=1, col=1,
+    )  # fmt: skip
+    thresholds = np.append(thin.pr_threshold, np.nan)
+    drawn.add_scatter(
+        x=thin.recall, y=thin.precision, customdata=thresholds, hovertemplate=said,
+        line=line, showlegend=False, row=1, col=2,
+    )  # fmt: skip
+    false_alarms, recall, precision = operating_point
+    mark = {"color": ANOMALY, "size": 11, "symbol": "diamond"}
+    name = "the thresholds in use"
+    drawn.add_trace(Scatter(x=[false_alarms], y=[recall], mode="markers", marker=mark, name=name), row=1, col=1)
+    drawn.add_trace(
+        Scatter(x=[recall], y=[precision], mode="markers", marker=mark, name=name, showlegend=False), row=1, col=2
+    )
+    for column, (x, y) in enumerate((("false-alarm rate", "recall"), ("recall", "precision")), start=1):
+        drawn.update_xaxes(title_text=x, range=[-0.02, 1.02], row=1, col=column)
+        drawn.update_yaxes(title_text=y, range=[-0.02, 1.02], row=1, col=column)
+    drawn.update_layout(template="plotly_white", height=460, legend={"orientation": "h", "y": -0.2})
+    page: str = drawn.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
+    return page
+
+
 def score_histograms(scores: FloatArray, is_anomaly: BoolArray, classes: np.ndarray, thresholds: pd.Series) -> Figure:
     """One histogram of scores per class, normals and anomalies, with the class's threshold."""
     names = [name for name in thresholds.index if (classes == name).any()]
+    names = sorted(names, key=lambda name: -(classes == name).sum())[:MAX_HISTOGRAMS]
     if not names:
         raise ValueError(
             f"no class of the rows has a threshold: {sorted(set(classes))} against {list(thresholds.index)}"

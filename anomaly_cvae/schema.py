@@ -20,6 +20,8 @@ MAX_LEVELS = 1_000
 """A text column with more distinct values than this is taken for free text or an identifier."""
 MAX_NUMERIC_CLASSES = 50
 """A numeric condition with more distinct values than this is taken for a continuous one."""
+MAX_CLASSES = 1_000
+"""A condition of more classes than this is no context but an identifier."""
 LARGEST_COUNT = 1e6
 """Whole numbers beyond this are modelled as real: a count's distribution says nothing useful there."""
 
@@ -253,6 +255,11 @@ def observed_classes(cells: Sequence[LevelCells]) -> tuple[tuple[Level, ...], ..
     if not cells:
         return ((),)
     combinations = pd.MultiIndex.from_arrays([c.codes for c in cells]).unique()
+    if len(combinations) > MAX_CLASSES:
+        raise ConditionError(
+            f"the condition has {len(combinations):,} classes, more than {MAX_CLASSES:,}: it looks like an identifier; "
+            "group its rare values, name a coarser column, or ignore it"
+        )
     found = (tuple(c.levels[code] for c, code in zip(cells, codes, strict=True)) for codes in combinations)
     return tuple(sorted(found, key=lambda levels: [_sort_key(level) for level in levels]))
 

@@ -278,15 +278,24 @@ def log(candidates: list[Candidate], best: Candidate, figures: dict[str, Figure]
     uri = tracking.use_store(EXPERIMENT)
     for name in dict.fromkeys(c.name for c in candidates):
         candidate = [c for c in candidates if c.name == name][-1]
-        evaluation = tracking.Evaluation(
+        evaluation = metrics.Evaluation(
             is_anomaly=data.is_anomaly,
             scores=candidate.scores,
             flagged=candidate.table["is_anomaly"].to_numpy(),
             classes=data.test["claimed"].astype(str).to_numpy(),
+        )
+        extras = tracking.Extras(
+            seconds={"fit": candidate.seconds},
+            datasets=[
+                tracking.DataSet(data.train, "scikit-learn digits", "training"),
+                tracking.DataSet(data.test, "scikit-learn digits", "evaluation"),
+            ],
+            alarm_columns=candidate.detector.alarm_columns(data.test),
             figures=figures if candidate is best else {},
         )
-        with tracking.start_run(f"digits, {RUN_NAMES[name]}", {"data": "digits", "score": candidate.kind}):
-            tracking.log_detector(candidate.detector, evaluation, input_example=data.test.head())
+        tags = {"data": "digits", "score": candidate.kind, "job": "train"}
+        with tracking.start_run(f"digits, {RUN_NAMES[name]}", tags):
+            tracking.log_detector(candidate.detector, evaluation, extras)
     return uri
 
 

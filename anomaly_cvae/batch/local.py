@@ -16,13 +16,12 @@ import numpy as np
 import pandas as pd
 
 from anomaly_cvae.batch.manifest import Entry, Manifest
+from anomaly_cvae.batch.needs import Needs
 from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class
-from anomaly_cvae.batch.source import Batch, CsvFormat, TableFile, find_files, require_columns
+from anomaly_cvae.batch.source import Batch, CsvFormat, TableFile, find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
 
-CELLS_PER_BATCH = 1 << 19
-LEAST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
 AHEAD = 2
 """Batches that are read before they are needed."""
 
@@ -43,7 +42,7 @@ class ScoreOptions:
     contrast: bool = False
     top_column: bool = False
     on_error: Literal["skip", "fail"] = "skip"
-    csv_format: CsvFormat = CsvFormat()
+    csv_format: CsvFormat = field(default_factory=CsvFormat)
 
     @property
     def scored_columns(self) -> list[str]:
@@ -202,12 +201,7 @@ class _Job:
         self.model_hash, self.total_bytes = model_hash, max(total_bytes, 1)
         self.started, self.stopwatch = time.perf_counter(), Stopwatch()
         self.rows, self.bytes_done, self.bytes_skipped = 0, 0, 0
-        layout, schema = detector.layout_, detector.schema_
-        self.features = [name for name in layout.columns if name not in layout.ignored]
-        self.needed = [str(name) for name in [*self.features, *layout.passed_conditions]]
-        described = [*schema.columns, *schema.categorical_conditions]
-        self.text = {str(c.name) for c in described if c.levels and all(isinstance(level, str) for level in c.levels)}
-        self.numeric = {str(name) for name in [*self.features, *layout.passed_conditions]} - self.text
+        self.needs = Needs.of(detector)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -253,17 +247,13 @@ class _Job:
         return FileResult(file.path, target, "scored", entry.rows, entry.anomalies, classes, entry.seconds)
 
     def _score(self, file: TableFile, target: Path) -> dict[str, tuple[int, int]]:
-        there = require_columns(file, self.needed)
-        kept = self._kept(there, file)
-        columns = list(dict.fromkeys([*self.needed, *kept]))
-        text = (self.text | set(kept)) - self.numeric
-        rows = int(np.clip(CELLS_PER_BATCH // max(len(columns), 1), LEAST_ROWS, MOST_ROWS))
+        kept = self._kept(file)
         totals: dict[str, tuple[int, int]] = {}
         with (
             _output_faults_named(target),
             ScoredFile(target, self._metadata(file)) as sink,
             Writer() as writer,
-            closing(ahead(file.batches(columns, text, rows), self.stopwatch)) as batches,
+            closing(ahead(self.needs.batches(file, kept), self.stopwatch)) as batches,
         ):
             for batch in batches:
                 scored = self.stopwatch.timed("score", lambda batch=batch: self._score_batch(file, batch))  # type: ignore[misc]
@@ -280,30 +270,22 @@ class _Job:
         self.stopwatch.timed("write", lambda: sink.write(kept, scored))
 
     def _score_batch(self, file: TableFile, batch: Batch) -> pd.DataFrame:
-        layout = self.detector.layout_
-        frame = batch.frame[[str(name) for name in self.features]].set_axis(self.features, axis=1)
-        condition = None
-        if layout.passed_conditions:
-            condition = batch.frame[[str(name) for name in layout.passed_conditions]]
-            condition = condition.set_axis(list(layout.passed_conditions), axis=1)
+        frame, options = self.needs.table(batch.frame), self.options
         try:
-            scored = self.detector.score_table(
-                frame, condition=condition, contrast=self.options.contrast, top_column=self.options.top_column
-            )
+            scored = self.detector.score_table(frame, contrast=options.contrast, top_column=options.top_column)
         except (ValueError, TypeError) as error:
             since = f" (rows counted from row {batch.start:,} of the file)" if batch.start else ""
             raise DataError(f"{file.path}: {error}{since}") from error
         return scored[self.options.scored_columns]
 
-    def _kept(self, there: list[str], file: TableFile) -> list[str]:
+    def _kept(self, file: TableFile) -> list[str]:
+        there = file.columns()
         if self.options.keep_all:
             kept = there
         elif self.options.keep is None:
-            ignored = {str(name) for name in self.detector.layout_.ignored}
-            kept = [name for name in there if name in ignored]
+            kept = [name for name in there if name in self.needs.ignored]
         else:
             kept = list(dict.fromkeys(self.options.keep))
-            require_columns(file, kept)
         clash = [name for name in kept if name in self.options.scored_columns]
         if clash:
             raise ParameterError(
@@ -317,7 +299,7 @@ class _Job:
         if file.kind != "csv":
             return frame
         numbers = {name: np.float64 for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name].dtype)}
-        texts = {name: "string" for name in frame.columns if name not in numbers or name not in self.numeric}
+        texts = {name: "string" for name in frame.columns if name not in numbers}
         return frame.astype({**numbers, **texts})
 
     def _metadata(self, file: TableFile) -> dict[str, str]:
@@ -399,7 +381,7 @@ def ahead(items: Iterator[Item], stopwatch: Stopwatch) -> Generator[Item]:
         thread.join()
 
 
-class _output_faults_named:  # noqa: N801  # reads as a phrase after `with`
+class _output_faults_named:  # reads as a phrase after `with`
     """Turns a refusal of the disk into an `OutputError` that says what to do."""
 
     def __init__(self, target: Path) -> None:

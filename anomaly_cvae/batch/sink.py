@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -50,10 +51,7 @@ class ScoredFile:
         """Append rows: kept input columns, then the scored ones."""
         arrow, _ = _pyarrow()
         columns = {name: _kept(kept[name]) for name in kept.columns}
-        columns |= {
-            name: arrow.array(scored[name].to_numpy(), type=SCORED_TYPES[name], from_pandas=SCORED_TYPES[name] == "string")
-            for name in scored.columns
-        }
+        columns |= {name: _scored(scored[name]) for name in scored.columns}
         table = arrow.table(columns)
         if self.waiting:
             table = table.cast(self.waiting[0].schema)
@@ -91,11 +89,15 @@ class ScoredFile:
 
     def _abandon(self) -> None:
         if self.writer is not None:
-            try:
+            with suppress(OSError):  # the disk that made this file fail also refuses its footer
                 self.writer.close()
-            except OSError:  # the disk that made this file fail also refuses its footer
-                pass
         self.partial.unlink(missing_ok=True)
+
+
+def _scored(cells: pd.Series) -> Any:
+    arrow, _ = _pyarrow()
+    kind = SCORED_TYPES[str(cells.name)]
+    return arrow.array(cells.to_numpy(), type=kind, from_pandas=kind == "string")
 
 
 def _kept(cells: pd.Series) -> Any:

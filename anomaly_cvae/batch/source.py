@@ -8,18 +8,17 @@ import glob
 import gzip
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import numpy as np
 import pandas as pd
 
 from anomaly_cvae.errors import DataError, MissingDependencyError
 from anomaly_cvae.frames import to_frame
+from anomaly_cvae.inputs import nearest
 
 Kind = Literal["parquet", "csv", "arrow"]
 
@@ -86,7 +85,7 @@ class TableFile:
     path: Path
     kind: Kind
     relative: Path
-    csv_format: CsvFormat = CsvFormat()
+    csv_format: CsvFormat = field(default_factory=CsvFormat)
 
     @classmethod
     def of(cls, path: str | Path, csv_format: CsvFormat | None = None, root: Path | None = None) -> TableFile:
@@ -217,7 +216,8 @@ class TableFile:
         self, columns: Sequence[str] | None, dtypes: dict[str, Any], rows: int | None, raw: IO[bytes] | None = None
     ) -> Any:
         form = self.resolved_format()
-        return pd.read_csv(  # type: ignore[call-overload]  # the result depends on chunksize
+        read: Any = pd.read_csv  # a frame, or a reader when rows is given
+        return read(
             raw or self.path,
             sep=form.delimiter,
             encoding=form.encoding,
@@ -347,9 +347,8 @@ def require_columns(file: TableFile, needed: Iterable[str]) -> list[str]:
     there = file.columns()
     missing = [name for name in needed if name not in there]
     if missing:
-        near = get_close_matches(str(missing[0]), [str(name) for name in there], n=1)
-        hint = f"; did {near[0]!r} mean {missing[0]!r}?" if near else ""
-        raise DataError(f"{file.path}: has no column {', '.join(map(repr, missing[:5]))}{hint}")
+        others = f" (nor {', '.join(map(repr, missing[1:5]))})" if missing[1:] else ""
+        raise DataError(f"{file.path}: has no column {missing[0]!r}{others}{nearest(missing[0], there)}")
     return there
 
 
@@ -379,9 +378,10 @@ def sniff(path: Path, given: CsvFormat) -> CsvFormat:
 
 
 def _encoding(head: bytes) -> str:
-    for mark, name in ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")):
-        if head.startswith(mark):
-            return name
+    if head.startswith(codecs.BOM_UTF8):
+        return "utf-8-sig"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -470,10 +470,3 @@ def _record_batches(reader: Any) -> Iterator[Any]:
         yield from reader
     else:
         yield from (reader.get_batch(i) for i in range(count))
-
-
-def overridden(base: CsvFormat, given: Mapping[str, str | None]) -> CsvFormat:
-    """``base`` with what ``given`` says."""
-    known = {field.name for field in fields(CsvFormat)}
-    return replace(base, **{name: value for name, value in given.items() if name in known and value is not None})
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pandas as pd
@@ -19,8 +20,20 @@ class ScoringModel(PythonModel):
         self.detector = CVAEDetector.load(context.artifacts["bundle"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return `CVAEDetector.score_table` of the rows."""
-        return self.detector.score_table(model_input)
+        """Return `CVAEDetector.score_table` of the rows.
+
+        ``params``: ``contrast``, ``top_column`` (more columns), ``score_kind``, ``unseen_class``,
+        ``missing_condition`` and ``false_alarm_rate`` (other than the detector's own).
+        """
+        asked = dict(params or {})
+        more = {name: bool(asked.pop(name, False)) for name in ("contrast", "top_column")}
+        rate = asked.pop("false_alarm_rate", None)
+        detector = copy.copy(self.detector).set_params(**asked)
+        if rate is not None and rate != detector.model_.calibration.false_alarm_rate:
+            detector.recalibrate(false_alarm_rate=rate)
+        features = [name for name in detector.layout_.columns if name not in detector.layout_.ignored]
+        scored: pd.DataFrame = detector.score_table(model_input[features], **more)
+        return scored
 
 
 set_model(ScoringModel())

@@ -1,0 +1,431 @@
+"""The command line: parse, call, print. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from anomaly_cvae.report import Report
+
+EXIT_CODES = """Exit codes: 0 done; 1 a fault in the program; 2 the command or its configuration is wrong; 3 the data,
+the model or the output folder cannot be used, nothing was lost; 4 done, but some input files could not be used; 5 done,
+but tracking failed; 130 interrupted."""
+
+MODEL_IS = "MODEL is a folder, runs:/ID, models:/NAME/VERSION or models:/NAME@ALIAS."
+
+app = typer.Typer(
+    name="anomaly-cvae",
+    help="Find rows that are unlikely given their context.\n\n" + MODEL_IS,
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+class Preset(StrEnum):
+    """Ready sets of parameters."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
+class ScoreKind(StrEnum):
+    """What verdicts are made of."""
+
+    elbo = "elbo"
+    contrast = "contrast"
+    both = "both"
+
+
+class Conditioning(StrEnum):
+    """One network that is told the condition, or one per class."""
+
+    shared = "shared"
+    per_class = "per_class"
+
+
+class UnseenClass(StrEnum):
+    """What becomes of a row whose class training has not seen."""
+
+    anomaly = "anomaly"
+    marginal = "marginal"
+    refuse = "raise"
+
+
+class MissingCondition(StrEnum):
+    """What becomes of a row without a condition."""
+
+    refuse = "raise"
+    marginal = "marginal"
+
+
+class OnError(StrEnum):
+    """What a file that cannot be used means."""
+
+    skip = "skip"
+    fail = "fail"
+
+
+Data = Annotated[list[str], typer.Argument(help="Tables: files, folders or patterns.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="Folder, runs:/ID or models:/NAME@ALIAS.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+Label = Annotated[str | None, typer.Option(help="Column that says which rows are anomalies.")]
+Anomaly = Annotated[
+    list[str] | None, typer.Option(help="Label value that means an anomaly (repeatable), or a comparison like '<= 25'.")
+]
+Normal = Annotated[list[str] | None, typer.Option(help="Label value that means normal (repeatable), or a comparison.")]
+Delimiter = Annotated[str | None, typer.Option(help="Of CSV files; found out unless given.")]
+Encoding = Annotated[str | None, typer.Option(help="Of CSV files; found out unless given.")]
+Decimal = Annotated[str | None, typer.Option(help="Decimal mark of CSV files; found out unless given.")]
+Thousands = Annotated[str | None, typer.Option(help="Thousands mark of CSV files; found out unless given.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Track = Annotated[bool, typer.Option("--tracking/--no-tracking", help="Log an MLflow run.")]
+
+
+@app.command()
+def train(
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files (Parquet, CSV, Arrow), folders or patterns.", show_default=False),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    condition: Annotated[
+        list[str] | None, typer.Option("--condition", "-c", help="Column that normal depends on; repeatable.")
+    ] = None,
+    label: Label = None,
+    anomaly: Anomaly = None,
+    normal: Normal = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option("--ignore", "-i", help="Column that is neither x nor condition; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model, its folder and its run.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder of the model; default: ./NAME.")] = None,
+    test_data: Annotated[list[str] | None, typer.Option(help="Labelled rows to evaluate on; repeatable.")] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Share of labelled normals kept for evaluation (0.3).")
+    ] = None,
+    train_on_anomalies: Annotated[
+        bool | None,
+        typer.Option("--train-on-anomalies/--drop-anomalies", help="Labelled anomalies are dropped unless asked for."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="COLUMN=real|binary|categorical|count|continuous; repeatable.")
+    ] = None,
+    likelihood: Annotated[list[str] | None, typer.Option(help="COLUMN=LIKELIHOOD; repeatable.")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Size of the networks and time (balanced).")] = None,
+    conditioning: Annotated[Conditioning | None, typer.Option(help="One network, or one per class (shared).")] = None,
+    score_kind: Annotated[ScoreKind | None, typer.Option(help="Unlikely row, wrong condition, or both (elbo).")] = None,
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normals that may be flagged (0.01).")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="PARAMETER=VALUE of CVAEDetector; repeatable.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps (auto).")] = None,
+    random_state: Annotated[int | None, typer.Option(help="Seed of the split and of the training (0).")] = None,
+    tracking: Annotated[bool | None, typer.Option("--tracking/--no-tracking", help="Log an MLflow run.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="MLflow experiment (anomaly_cvae).")] = None,
+    register: Annotated[str | None, typer.Option(help="Registered model to add a version to.")] = None,
+    log_rows: Annotated[
+        bool | None, typer.Option("--log-rows/--no-log-rows", help="Cells of rows may go into MLflow.")
+    ] = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Fit on the normals of a table, calibrate, evaluate, log a run, and save the model."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        detector = {
+            "conditioning": _value(conditioning),
+            "score_kind": _value(score_kind),
+            "false_alarm_rate": false_alarm_rate,
+            "device": device,
+            **_pairs(set_, "--set", parse=True),
+        }
+        given = {
+            "data": data, "condition": condition, "label": label, "anomaly": anomaly, "normal": normal,
+            "ignore": ignore, "name": name, "output": output, "test_data": test_data, "test_fraction": test_fraction,
+            "train_on_anomalies": train_on_anomalies, "column_kinds": _pairs(kind, "--kind"),
+            "likelihoods": _pairs(likelihood, "--likelihood"), "preset": _value(preset),
+            "detector": {key: value for key, value in detector.items() if value is not None},
+            "random_state": random_state, "tracking": tracking, "experiment": experiment, "register": register,
+            "log_rows": log_rows, "csv": _csv(delimiter, encoding, decimal, thousands),
+        }  # fmt: skip
+        plan = jobs.prepare(jobs.load_config(config, given))
+        report.plan(plan)
+        trained = jobs.train(plan, verbose=report.verbose, on_stage=report.stage)
+        report.trained(trained)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    label: Annotated[str, typer.Option(help="Column that says which rows are anomalies.")],
+    anomaly: Anomaly = None,
+    normal: Normal = None,
+    log_rows: Annotated[
+        bool, typer.Option("--log-rows/--no-log-rows", help="Cells of rows may go into MLflow.")
+    ] = True,
+    tracking: Track = True,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say how well a model ranks and flags labelled rows, per class; log a run below the model's."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        csv = _csv(delimiter, encoding, decimal, thousands)
+        table = jobs.TableConfig.model_validate(
+            {"data": data, "label": label, "anomaly": anomaly, "normal": normal, "csv": csv}
+        )
+        opened = jobs.open_model(model, device=device)
+        report.evaluated(jobs.evaluate_model(opened, table, log=tracking, log_rows=log_rows), opened)
+
+
+@app.command()
+def score(
+    model: Model,
+    data: Data,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the scored Parquet files.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Input column to copy; repeatable. Default: those that training ignored."),
+    ] = None,
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Copy every input column.")] = False,
+    contrast: Annotated[bool, typer.Option("--contrast", help="Add the contrast: is the condition wrong?")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Add the most surprising column and its nats.")] = False,
+    on_error: Annotated[OnError, typer.Option(help="What a file that cannot be used means.")] = OnError.skip,
+    unseen_class: Annotated[
+        UnseenClass, typer.Option(help="Rows of a class not seen in training.")
+    ] = UnseenClass.anomaly,
+    missing_condition: Annotated[
+        MissingCondition, typer.Option(help="Rows without a condition.")
+    ] = MissingCondition.refuse,
+    tracking: Track = True,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Score tables of any size into Parquet, one file per input. Run it again after a kill: it goes on."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import batch, jobs
+
+        opened = jobs.open_model(model, device=device, unseen_class=unseen_class.value)
+        opened.detector.set_params(missing_condition=missing_condition.value)
+        options = batch.ScoreOptions(
+            keep=tuple(keep) if keep else None,
+            keep_all=keep_all,
+            contrast=contrast,
+            top_column=explain,
+            on_error=on_error.value,
+            csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
+        )
+        with report.progress() as on_progress:
+            scored = jobs.score_tables(opened, data, output, options, log=tracking, on_progress=on_progress)
+        report.scored(scored, output)
+
+
+@app.command()
+def explain(
+    model: Model,
+    data: Data,
+    row: Annotated[list[int] | None, typer.Option(help="Number of a row, from 0; repeatable.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many of the most surprising rows to explain.")] = 5,
+    columns: Annotated[int, typer.Option(min=1, help="How many columns of each row.")] = 3,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table.")] = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say why rows are surprising: their columns in nats, observed against expected, and the class they fit best."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import batch, jobs
+
+        opened = jobs.open_model(model, device=device, unseen_class="anomaly")
+        explanation = jobs.explain_tables(
+            opened,
+            data,
+            rows=row or (),
+            n_rows=rows,
+            n_columns=columns,
+            csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
+        )
+        if output is not None:
+            report.written(output, explanation.table)
+        report.explained(explanation, opened)
+
+
+@app.command()
+def generate(
+    model: Model,
+    n: Annotated[int, typer.Option("-n", min=1, help="Rows to draw.")] = 10,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--condition", "-c", help="Value of each condition, in the model's order; default: as in training."
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table.")] = None,
+    random_state: Annotated[int, typer.Option(help="Seed.")] = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Draw new rows of a class from the model."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        opened = jobs.open_model(model, device=device)
+        drawn = jobs.generate_rows(opened, n, condition, random_state)
+        if output is not None:
+            report.written(output, drawn)
+        report.generated(drawn, shown=output is None)
+
+
+@app.command()
+def recalibrate(
+    model: Model,
+    data: Annotated[list[str] | None, typer.Argument(help="Fresh normals; none: change the rate only.")] = None,
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normals that may be flagged.")] = None,
+    label: Label = None,
+    anomaly: Anomaly = None,
+    normal: Normal = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder of the new model; default: replace it.")
+    ] = None,
+    register: Annotated[str | None, typer.Option(help="Registered model to add a version to.")] = None,
+    tracking: Track = True,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Set thresholds anew, without training: another rate, fresh normals, or both."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        csv = _csv(delimiter, encoding, decimal, thousands)
+        table = {"data": data, "label": label, "anomaly": anomaly, "normal": normal, "csv": csv}
+        opened = jobs.open_model(model, device=device)
+        report.recalibrated(
+            jobs.recalibrate_model(
+                opened,
+                jobs.TableConfig.model_validate(table) if data else None,
+                false_alarm_rate=false_alarm_rate,
+                output=output,
+                log=tracking,
+                register_as=register,
+            )
+        )
+
+
+@app.command()
+def runs(
+    experiment: Annotated[str | None, typer.Option(help="Of this experiment only.")] = None,
+    most: Annotated[int, typer.Option("-n", min=1, help="How many, the latest first.")] = 20,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """List what was trained, evaluated and scored."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import tracking
+
+        with tracking.faults_named():
+            uri = tracking.use_store()
+            found = tracking.recent_runs(experiment, most)
+        report.runs(found, uri)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.", show_default=False)],
+    version: Annotated[str, typer.Argument(help="Its version.", show_default=False)],
+    alias: Annotated[str, typer.Option(help="What it is to be known as.")] = "champion",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Let models:/NAME@ALIAS mean this version from now on."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import tracking
+
+        report.promoted(tracking.promote(name, version, alias))
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Say the version and leave.")] = False) -> None:
+    if version:
+        from anomaly_cvae import __version__
+
+        print(f"anomaly-cvae {__version__}")
+        raise typer.Exit
+
+
+def reporting(quiet: bool, json: bool) -> Report:
+    """What prints, and turns exceptions into messages and exit codes."""
+    from anomaly_cvae.report import Report
+
+    return Report(quiet=quiet, json=json)
+
+
+def _value(choice: StrEnum | None) -> str | None:
+    return None if choice is None else str(choice.value)
+
+
+def _csv(delimiter: str | None, encoding: str | None, decimal: str | None, thousands: str | None) -> dict[str, str]:
+    given = {"delimiter": delimiter, "encoding": encoding, "decimal": decimal, "thousands": thousands}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _pairs(given: list[str] | None, flag: str, *, parse: bool = False) -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for pair in given or []:
+        # A column's name may hold a "=", a kind cannot; a parameter's name cannot, its value may.
+        name, equals, value = pair.partition("=") if parse else pair.rpartition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{flag} takes NAME=VALUE, not {pair!r}")
+        pairs[name] = _parsed(value) if parse else value
+    return pairs
+
+
+def _parsed(text: str) -> Any:
+    """A value as YAML reads it: 3, 0.5, true, [128, 128], text."""
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def main() -> None:
+    """Entry point of ``anomaly-cvae``."""
+    app(prog_name="anomaly-cvae")
+
+
+if __name__ == "__main__":
+    main()

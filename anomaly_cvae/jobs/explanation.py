@@ -1,0 +1,149 @@
+"""Why rows were flagged: the columns in nats, what was expected instead, and where a row would be normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from anomaly_cvae.batch.needs import Needs
+from anomaly_cvae.batch.source import CsvFormat, find_files
+from anomaly_cvae.detector import CVAEDetector
+from anomaly_cvae.errors import DataError
+from anomaly_cvae.fitted import can_contrast
+from anomaly_cvae.jobs.models import OpenModel
+
+MOST_ROWS = 20
+TOP_COLUMNS = 3
+MOST_FOR_ALARM_COLUMNS = 20_000
+"""Flagged rows of one table that are taken apart to find what drives the alarms."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The most surprising rows, and which columns drive the alarms of each class.
+
+    ``rows``: one line per row: ``row`` (its number or index), ``condition``, ``negative_elbo``, ``score``,
+    ``threshold``, ``p_value``, ``is_anomaly``, ``most_normal_as`` (the class under which it is least
+    surprising) and ``nats_there``. ``columns``: for each of these rows its top columns, as
+    `CVAEDetector.top_columns` gives them. ``alarm_columns``: as `CVAEDetector.alarm_columns`.
+    """
+
+    rows: pd.DataFrame
+    columns: pd.DataFrame
+    alarm_columns: pd.DataFrame
+    n_rows: int = 0
+    n_alarms: int = 0
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Both tables as one: a line per row and top column."""
+        return self.rows.merge(self.columns, on="row", how="left") if len(self.rows) else self.rows
+
+
+def most_surprising(scored: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The ``n`` rows furthest above their threshold for their p-value, the most surprising first."""
+    above = (scored["score"] - scored["threshold"]).rename("above")
+    order = scored[["p_value"]].join(above).sort_values(["p_value", "above"], ascending=[True, False], kind="stable")
+    return scored.loc[order.index[:n]]
+
+
+def explain_rows(
+    detector: CVAEDetector,
+    frame: pd.DataFrame,
+    scored: pd.DataFrame,
+    *,
+    n_rows: int = MOST_ROWS,
+    n_columns: int = TOP_COLUMNS,
+) -> Explanation:
+    """Explain the most surprising rows of a scored table; rows are known by the index of ``frame``."""
+    names = frame.index.to_numpy()  # it may hold a label twice
+    frame, scored = frame.reset_index(drop=True), scored.reset_index(drop=True)
+    top = most_surprising(scored, n_rows)
+    flagged = np.flatnonzero(scored["is_anomaly"].to_numpy())
+    alarms = detector.alarm_columns(frame.iloc[flagged[:MOST_FOR_ALARM_COLUMNS]])
+    rows, columns = describe(detector, frame.loc[top.index], top, n_columns)
+    rows["row"], columns["row"] = names[rows["row"]], names[columns["row"]]
+    return Explanation(rows, columns, alarms, len(frame), len(flagged))
+
+
+def describe(
+    detector: CVAEDetector, frame: pd.DataFrame, scored: pd.DataFrame, n_columns: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One line per row, and one per row and top column."""
+    rows = scored.drop(columns=["contrast", "top_column", "top_nats"], errors="ignore").copy()
+    rows.insert(0, "row", frame.index.to_numpy())
+    if can_contrast(detector.schema_) and len(frame):
+        by_class = detector.class_negative_elbo(frame)
+        rows["most_normal_as"] = by_class.idxmin(axis=1).to_numpy()
+        rows["nats_there"] = by_class.min(axis=1).to_numpy()
+    columns = detector.top_columns(frame, n=n_columns) if len(frame) else pd.DataFrame({"row": []})
+    return rows.reset_index(drop=True), columns
+
+
+def explain_tables(
+    model: OpenModel,
+    inputs: Sequence[str],
+    *,
+    rows: Sequence[int] = (),
+    n_rows: int = MOST_ROWS,
+    n_columns: int = TOP_COLUMNS,
+    csv_format: CsvFormat | None = None,
+) -> Explanation:
+    """Explain tables in files, batch by batch: some ``rows`` by number, or the most surprising ones.
+
+    Row numbers count from 0 through all files in their order.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read, or a row asked for is not there.
+    """
+    detector, asked, needs = model.detector, set(rows), Needs.of(model.detector)
+    kept: list[tuple[pd.DataFrame, pd.DataFrame]] = []
+    alarms: list[pd.DataFrame] = []
+    first = n_alarms = 0
+    for file in find_files(list(inputs), csv_format):
+        for batch in needs.batches(file):
+            frame = needs.table(batch.frame)
+            frame = frame.set_axis(pd.RangeIndex(first, first + len(frame)), axis=0)
+            first += len(frame)
+            scored = detector.score_table(frame)
+            flagged = frame[scored["is_anomaly"].to_numpy()]
+            n_alarms += len(flagged)
+            alarms.append(detector.alarm_columns(flagged))
+            chosen = scored.loc[scored.index.isin(asked)] if asked else most_surprising(scored, n_rows)
+            kept.append((frame.loc[chosen.index], chosen))
+            if not asked:
+                kept = [_best(kept, n_rows)]
+    _require_rows(asked, first)
+    frame, scored = (pd.concat(parts) for parts in zip(*kept, strict=True))
+    described, columns = describe(detector, frame, scored, n_columns)
+    return Explanation(described, columns, merged(alarms), first, n_alarms)
+
+
+def _best(parts: list[tuple[pd.DataFrame, pd.DataFrame]], n: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    frame, scored = (pd.concat(part) for part in zip(*parts, strict=True))
+    top = most_surprising(scored, n)
+    return frame.loc[top.index], top
+
+
+def _require_rows(asked: set[int], n_rows: int) -> None:
+    beyond = sorted(row for row in asked if not 0 <= row < n_rows)
+    if beyond:
+        raise DataError(f"there is no row {beyond[0]}: the tables have {n_rows:,} rows, counted from 0")
+
+
+def merged(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """Alarm columns of several batches as one table, the strongest first."""
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return pd.DataFrame(columns=["class", "column", "alarms", "top", "excess_nats"])
+    together = pd.concat(parts, ignore_index=True)
+    together["total"] = together["excess_nats"] * together["alarms"]
+    summed = together.groupby(["class", "column"], sort=False, as_index=False)[["alarms", "top", "total"]].sum()
+    summed["excess_nats"] = summed["total"] / summed["alarms"]
+    ordered = summed.sort_values(["class", "top", "excess_nats"], ascending=[True, False, False], ignore_index=True)
+    return ordered[["class", "column", "alarms", "top", "excess_nats"]]

@@ -1,0 +1,96 @@
+"""New thresholds for a saved model, from another rate or from fresh normals; nothing is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from anomaly_cvae import bundle
+from anomaly_cvae.batch.source import read_table
+from anomaly_cvae.errors import DataError, ParameterError, TrackingError
+from anomaly_cvae.jobs.config import TableConfig
+from anomaly_cvae.jobs.models import OpenModel
+from anomaly_cvae.jobs.runs import child_run
+from anomaly_cvae.jobs.tables import csv_format, model_columns, read_config_labels
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """Thresholds before and after, and where the model with the new ones is."""
+
+    before: pd.DataFrame
+    after: pd.DataFrame
+    folder: Path
+    sha256: str
+    run_id: str | None = None
+    model_uri: str | None = None
+    version: str | None = None
+    tracking_error: str = ""
+
+
+def recalibrate_model(
+    model: OpenModel,
+    config: TableConfig | None,
+    *,
+    false_alarm_rate: float | None = None,
+    output: str | Path | None = None,
+    log: bool = True,
+    register_as: str | None = None,
+) -> Recalibrated:
+    """Set thresholds anew and save the model, in its own folder unless ``output`` names another.
+
+    ``config`` names a table of normals that training has not seen; rows labelled as anomalies are left
+    out. Without one, the stored reference scores serve and only the rate changes.
+
+    Raises
+    ------
+    ParameterError
+        If there is nothing to change, or nowhere to save a model that came from MLflow.
+    DataError, ConditionError
+        If the rows cannot be used.
+    """
+    if config is None and false_alarm_rate is None:
+        raise ParameterError("recalibrate needs fresh normals (DATA), a rate (--false-alarm-rate), or both")
+    if output is None and not model.is_local:
+        raise ParameterError(f"{model.name} is not a folder: say where to save the recalibrated model (--output)")
+    detector, before = model.detector, model.detector.thresholds_
+    if config is None:
+        detector.recalibrate(false_alarm_rate=false_alarm_rate)
+    else:
+        detector.recalibrate(_normals(model, config), false_alarm_rate=false_alarm_rate)
+    folder = Path(output) if output is not None else model.folder
+    notes = bundle.provenance(model.folder)
+    detector.save(folder)
+    bundle.annotate(folder, notes)
+    done = Recalibrated(before, detector.thresholds_, folder, bundle.model_hash(folder))
+    if not log:
+        return done
+    try:
+        return _log(model, config, done, register_as)
+    except TrackingError as error:
+        return replace(done, tracking_error=str(error))
+
+
+def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
+    frame = read_table(config.data, csv_format(config))
+    rows = model_columns(model.detector, frame)
+    if config.label is None:
+        return rows
+    labels = read_config_labels(frame, config)
+    normals = rows[(labels.is_known & ~labels.is_anomaly)]
+    if not len(normals):
+        raise DataError(f"no row is labelled normal ({labels.rule})")
+    return normals
+
+
+def _log(model: OpenModel, config: TableConfig | None, done: Recalibrated, register_as: str | None) -> Recalibrated:
+    from anomaly_cvae import tracking
+
+    source = ", ".join(config.data) if config else "the stored reference scores"
+    parameters = {"model": model.name, "model_sha256_before": model.sha256, "data": source}
+    with child_run(model, "recalibrate", "recalibrate", parameters) as run_id:
+        logged = tracking.log_detector(model.detector, saved=done.folder, register_as=register_as)
+    bundle.annotate(done.folder, {"run_id": run_id, "tracking_uri": tracking.use_store()})
+    return replace(done, run_id=run_id, model_uri=logged.uri, version=logged.version)

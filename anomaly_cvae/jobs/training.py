@@ -1,0 +1,342 @@
+"""From a table in files to a trained, calibrated, evaluated, saved and logged model."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from anomaly_cvae import bundle
+from anomaly_cvae.batch.source import find_files, read_table
+from anomaly_cvae.detector import CVAEDetector
+from anomaly_cvae.errors import DataError, TrackingError
+from anomaly_cvae.fitting import now, who
+from anomaly_cvae.frames import IntArray
+from anomaly_cvae.jobs.config import TrainConfig
+from anomaly_cvae.jobs.evaluation import Evaluated, evaluate_rows, score_in_chunks
+from anomaly_cvae.jobs.explanation import Explanation, explain_rows
+from anomaly_cvae.jobs.tables import csv_format, read_config_labels, require
+from anomaly_cvae.labels import ANOMALY, LEFT_OUT, NORMAL, UNKNOWN, Labels
+from anomaly_cvae.schema import Schema
+
+MOST_ROWS_WITHOUT_LABELS = 50_000
+"""Training rows that are scored to find the most surprising ones, where no label says what to evaluate."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table read and split: what will be trained on what, before anything is trained.
+
+    ``training`` and ``test`` are row numbers of ``frame`` and ``test_frame``.
+    """
+
+    config: TrainConfig
+    detector: CVAEDetector
+    frame: pd.DataFrame
+    schema: Schema
+    training: IntArray
+    test_frame: pd.DataFrame
+    test: IntArray
+    test_labels: Labels | None
+    notes: list[str]
+    seconds: float
+
+    @property
+    def training_rows(self) -> pd.DataFrame:
+        """The rows to learn from."""
+        return self.frame.iloc[self.training]
+
+    def class_sizes(self) -> pd.Series:
+        """Training rows per class."""
+        index = self.schema.class_index_of(self.training_rows)
+        counts = np.bincount(index, minlength=len(self.schema.classes))
+        return pd.Series(counts, index=self.schema.class_names, name="rows")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training job.
+
+    ``evaluated`` is None without labels; ``explanation`` then speaks of training rows. ``tracking_error``
+    is empty unless the run could not be logged: the model is saved all the same.
+    """
+
+    plan: Plan
+    detector: CVAEDetector
+    folder: Path
+    sha256: str
+    evaluated: Evaluated | None
+    explanation: Explanation
+    seconds: dict[str, float] = field(default_factory=dict)
+    run_id: str | None = None
+    model_uri: str | None = None
+    version: str | None = None
+    tracking_error: str = ""
+
+
+def prepare(config: TrainConfig) -> Plan:
+    """Read the table, find out what its columns are, and split it.
+
+    With a label, normals and rows without one are learned from; of the normals ``test_fraction`` is kept for
+    evaluation, where all anomalies go, too. With ``test_data`` those rows are evaluated on instead. Without
+    a label every row is learned from.
+
+    Raises
+    ------
+    DataError, ConditionError, ParameterError
+        Saying which file, column or key is wrong and what to do.
+    """
+    started = time.perf_counter()
+    if not config.data:
+        raise DataError("there is no data to train on: name a file, a folder or a pattern")
+    parameters = config.detector_parameters()
+    frame = read_table(config.data, csv_format(config))
+    _require_named(frame, config)
+    if not len(frame):
+        raise DataError(f"{', '.join(config.data)}: the table has no rows")
+    labels = read_config_labels(frame, config) if config.label else None
+    test_frame, test_labels = frame, labels
+    if config.test_data:
+        test_frame, test_labels = _read_test(config)
+    training, test, notes = _split(config, len(frame), labels, test_labels)
+    detector = CVAEDetector(
+        condition_columns=config.condition or None,
+        ignore_columns=[name for name in dict.fromkeys([*config.ignore, config.label]) if name] or None,
+        **parameters,
+    )
+    schema = detector.infer_schema(frame.iloc[training])
+    notes += _format_notes(config)
+    return Plan(
+        config, detector, frame, schema, training, test_frame, test, test_labels, notes, time.perf_counter() - started
+    )
+
+
+def _require_named(frame: pd.DataFrame, config: TrainConfig) -> None:
+    require(frame, config.condition, "condition")
+    require(frame, config.ignore, "ignore")
+    require(frame, list(config.column_kinds), "column_kinds")
+    require(frame, list(config.likelihoods), "likelihoods")
+    if config.label is not None:
+        require(frame, [config.label], "label")
+        if config.label in config.condition:
+            raise DataError(f"{config.label!r} is the label and cannot be the condition as well")
+
+
+def _read_test(config: TrainConfig) -> tuple[pd.DataFrame, Labels]:
+    if config.label is None:
+        raise DataError("test_data is for evaluation: say which column is the label")
+    frame = read_table(config.test_data, csv_format(config))
+    return frame, read_config_labels(frame, config)
+
+
+def _split(
+    config: TrainConfig, n_rows: int, labels: Labels | None, test_labels: Labels | None
+) -> tuple[IntArray, IntArray, list[str]]:
+    """Row numbers to learn from and to evaluate on, and what to say of them."""
+    if labels is None:
+        return np.arange(n_rows), np.zeros(0, dtype=np.int64), ["no label: every row is learned from, none evaluated"]
+    rng = np.random.default_rng(config.random_state)
+    known = [NORMAL, ANOMALY] if config.train_on_anomalies else [NORMAL]
+    candidates = rng.permutation(np.flatnonzero(np.isin(labels.status, known)))
+    n_test = 0 if config.test_data else round(config.test_fraction * len(candidates))
+    unknown = np.flatnonzero(labels.status == UNKNOWN)
+    training = np.sort(np.concatenate([candidates[n_test:], unknown]))
+    if not len(training):
+        raise DataError(f"no row is left to learn from: {labels.rule}, and all {n_rows:,} rows are anomalies")
+    if config.test_data:
+        assert test_labels is not None
+        test = np.flatnonzero(test_labels.is_known)
+    else:
+        rest = [] if config.train_on_anomalies else [np.flatnonzero(labels.is_anomaly)]
+        test = np.sort(np.concatenate([candidates[:n_test], *rest]))
+    return training, test, _split_notes(config, labels)
+
+
+def _split_notes(config: TrainConfig, labels: Labels) -> list[str]:
+    anomalies = labels.count(ANOMALY)
+    notes = [f"label: {labels.rule} ({anomalies:,} of {len(labels.status):,} rows); it is used for evaluation only"]
+    if anomalies and config.train_on_anomalies:
+        notes.append("labelled anomalies stay among the training rows, as asked")
+    elif anomalies:
+        notes.append("labelled anomalies are left out of training (train_on_anomalies keeps them)")
+    else:
+        notes.append("no row is labelled an anomaly: only false alarms can be counted")
+    if unknown := labels.count(UNKNOWN):
+        notes.append(f"{unknown:,} rows without a label are learned from, not evaluated")
+    if left_out := labels.count(LEFT_OUT):
+        notes.append(f"{left_out:,} rows are neither normal nor anomalies by this rule and are left out")
+    return notes
+
+
+def _format_notes(config: TrainConfig) -> list[str]:
+    notes = []
+    for file in find_files(config.data, csv_format(config)):
+        described = file.resolved_format().describe() if file.kind == "csv" else ""
+        if described:
+            notes.append(f"{file.path.name} was read with {described}")
+    return notes[:5]
+
+
+def train(plan: Plan, *, verbose: int = 0, on_stage: Callable[[str], None] = lambda stage: None) -> Trained:
+    """Fit, evaluate, save and log.
+
+    The model is saved before anything is logged; a tracking fault is noted in the result, not raised.
+
+    Raises
+    ------
+    TrainingDivergedError
+        If the loss becomes infinite; names column and step.
+    BundleError, OutputError
+        If the model cannot be saved.
+    """
+    config, seconds = plan.config, {"read": plan.seconds}
+    tracked = _Tracking(config) if config.tracking else None
+    try:
+        on_stage("fit")
+        started = time.perf_counter()
+        detector = plan.detector.set_params(verbose=verbose).fit(plan.training_rows)
+        detector.set_params(verbose=0)
+        seconds["fit"] = time.perf_counter() - started
+        on_stage("evaluate")
+        started = time.perf_counter()
+        evaluated, explanation = _evaluate(plan, detector)
+        seconds["evaluate"] = time.perf_counter() - started
+        on_stage("save")
+        started = time.perf_counter()
+        detector.save(config.folder)
+        bundle.annotate(config.folder, _provenance(plan))
+        seconds["save"] = time.perf_counter() - started
+    except BaseException:
+        if tracked is not None:
+            tracked.abandon()
+        raise
+    sha256 = bundle.model_hash(config.folder)
+    trained = Trained(plan, detector, config.folder, sha256, evaluated, explanation, seconds)
+    if tracked is None:
+        return trained
+    on_stage("log")
+    try:
+        return tracked.log(trained)
+    except TrackingError as error:
+        return replace(trained, tracking_error=str(error))
+
+
+def _evaluate(plan: Plan, detector: CVAEDetector) -> tuple[Evaluated | None, Explanation]:
+    if len(plan.test):
+        assert plan.test_labels is not None
+        labels = Labels(plan.test_labels.status[plan.test], plan.test_labels.rule)
+        evaluated = evaluate_rows(detector, plan.test_frame.iloc[plan.test], labels)
+        return evaluated, evaluated.explanation
+    rows = plan.training_rows
+    if len(rows) > MOST_ROWS_WITHOUT_LABELS:
+        rows = rows.sample(MOST_ROWS_WITHOUT_LABELS, random_state=plan.config.random_state)
+    return None, explain_rows(detector, rows, score_in_chunks(detector, rows))
+
+
+def _provenance(plan: Plan) -> dict[str, str]:
+    return {
+        "name": plan.config.name,
+        "trained_at": now(),
+        "trained_by": who(),
+        "data": ", ".join(plan.config.data),
+        "data_sha256": digest(plan.config.data),
+        "training_rows": str(len(plan.training)),
+        "experiment": plan.config.experiment,
+    }
+
+
+def digest(inputs: list[str]) -> str:
+    """SHA-256 over the files, in their order."""
+    total = hashlib.sha256()
+    for file in find_files(inputs):
+        with file.path.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+class _Tracking:
+    """The run of one training, opened in a thread of its own so that training never waits for a server."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.run_id: str | None = None
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._open, name="tracking", daemon=True)
+        self.thread.start()
+
+    def _open(self) -> None:
+        from anomaly_cvae import tracking
+
+        try:
+            with tracking.faults_named():
+                tracking.use_store(self.config.experiment)
+                self.run_id = tracking.open_run(self.config.name, {"job": "train", **self.config.tags})
+        except BaseException as error:
+            self.error = error
+
+    def abandon(self) -> None:
+        """Mark the run as failed, if it is open and the server answers."""
+        from anomaly_cvae import tracking
+
+        self.thread.join(timeout=5.0)
+        if self.run_id is not None:
+            try:
+                with tracking.faults_named():
+                    tracking.close_run(self.run_id, "FAILED")
+            except TrackingError:
+                pass  # the error that ended the training is the one to be seen
+
+    def log(self, trained: Trained) -> Trained:
+        """Everything about a training into its run."""
+        from anomaly_cvae import tracking
+
+        started = time.perf_counter()
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.run_id is not None
+        with tracking.faults_named(), tracking.resume_run(self.run_id):
+            logged = tracking.log_detector(
+                trained.detector,
+                None if trained.evaluated is None else trained.evaluated.evaluation,
+                self._extras(trained),
+                saved=trained.folder,
+                register_as=self.config.register_as,
+            )
+            uri = tracking.use_store()
+        bundle.annotate(trained.folder, {"run_id": self.run_id, "tracking_uri": uri})
+        seconds = {**trained.seconds, "log": time.perf_counter() - started}
+        return replace(trained, run_id=self.run_id, model_uri=logged.uri, version=logged.version, seconds=seconds)
+
+    def _extras(self, trained: Trained) -> Any:
+        from anomaly_cvae import tracking
+
+        plan, config = trained.plan, self.config
+        source = ", ".join(config.data)
+        datasets = [tracking.DataSet(plan.training_rows, source, "training", config.label)]
+        if len(plan.test):
+            tested = ", ".join(config.test_data) or source
+            datasets.append(tracking.DataSet(plan.test_frame.iloc[plan.test], tested, "evaluation", config.label))
+        given = {
+            "data": source,
+            "condition": ", ".join(config.condition) or "none",
+            "label_rule": plan.test_labels.rule if plan.test_labels else "none",
+            "preset": config.preset,
+            "training_rows": len(plan.training),
+            "test_rows": len(plan.test),
+            "model_sha256": trained.sha256,
+        }
+        return tracking.Extras(
+            parameters=given,
+            seconds=trained.seconds,
+            datasets=datasets,
+            surprising=trained.explanation.table if config.log_rows else None,
+            alarm_columns=trained.explanation.alarm_columns,
+        )

@@ -1,0 +1,483 @@
+"""What the command line says: tables for people, JSON for scripts, and an exit code for each way to end."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
+
+from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from anomaly_cvae.batch.local import Progress
+    from anomaly_cvae.jobs import Evaluated, Explanation, OpenModel, Plan, Trained
+    from anomaly_cvae.jobs.scoring import Scored
+    from anomaly_cvae.jobs.thresholds import Recalibrated
+    from anomaly_cvae.metrics import Evaluation
+
+WRONG_USE, WRONG_DATA, PARTLY_DONE, NOT_TRACKED, INTERRUPTED = 2, 3, 4, 5, 130
+MOST_COLUMNS, MOST_CLASSES = 60, 20
+STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
+
+
+class Report:
+    """Prints results to standard output, everything else to standard error.
+
+    A context manager around one command: what the user can mend becomes one line and an exit code.
+    """
+
+    def __init__(self, *, quiet: bool, json: bool) -> None:
+        from rich.console import Console
+
+        self.quiet, self.json = quiet, json
+        self.shown = Console(quiet=quiet or json, highlight=False)
+        self.aside = Console(stderr=True, quiet=quiet, highlight=False)
+        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.result: dict[str, Any] = {}
+        self.exit_code = 0
+        self.done = ""
+
+    @property
+    def verbose(self) -> int:
+        """Of the training: a progress bar, unless nobody is to see it."""
+        return 0 if self.quiet or not sys.stderr.isatty() else 1
+
+    def __enter__(self) -> Self:
+        self._show_warning = warnings.showwarning
+        warnings.showwarning = self._warn
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        warnings.showwarning = self._show_warning
+        if error is not None:
+            self._fail(error)
+        if self.json:
+            print(json_module.dumps({**self.result, "exit_code": self.exit_code}, indent=1, default=_plain))
+        if self.exit_code:
+            raise typer.Exit(self.exit_code) from error
+
+    def _show(self, title: str, table: Table) -> None:
+        """A table under its title, which may be wider than it."""
+        self.shown.print(f"[bold]{title}[/bold]", soft_wrap=True)
+        self.shown.print(table)
+        self.shown.print()
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._error(INTERRUPTED, f"interrupted{self.done}")
+        elif isinstance(error, ParameterError) or type(error).__name__ == "ValidationError":
+            self._error(WRONG_USE, str(error))
+        elif isinstance(error, (AnomalyCVAEError, FileNotFoundError, PermissionError)):
+            self._error(WRONG_DATA, str(error))
+        else:
+            raise error
+
+    def _error(self, code: int, message: str) -> None:
+        self.exit_code = code
+        self.result["error"] = message
+        self.errors.print(f"[bold red]error:[/bold red] {_plain_text(message)}")
+
+    def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        self.aside.print(f"[yellow]warning:[/yellow] {_plain_text(str(message))}")
+
+    # ------------------------------------------------------------------ training
+
+    def plan(self, plan: Plan) -> None:
+        """What the table was taken for, before training starts."""
+        config, schema = plan.config, plan.schema
+        sizes = plan.class_sizes()
+        self.result |= {
+            "training_rows": len(plan.training),
+            "test_rows": len(plan.test),
+            "columns": schema.report().reset_index().to_dict(orient="records"),
+            "classes": {str(name): int(rows) for name, rows in sizes.items()},
+            "notes": plan.notes,
+        }
+        title = _plain_text(f"{config.name}: {len(plan.frame):,} rows of {', '.join(config.data)}")
+        table = _table("column", "taken for", "why")
+        described = schema.report()
+        for row in _lines(described)[:MOST_COLUMNS]:
+            if row["role"] == "condition":
+                continue
+            kind = row["kind"] if row["role"] == "column" else "[dim]ignored[/dim]"
+            why = "the label" if row["name"] == config.label else str(row["reason"])
+            table.add_row(_plain_text(str(row["name"])), kind, _plain_text(why))
+        self._show(title, table)
+        if len(described) > MOST_COLUMNS:
+            self.shown.print(f"… and {len(described) - MOST_COLUMNS} more columns\n")
+        for condition in schema.conditions:
+            self.shown.print(
+                f"treated [bold]{_plain_text(str(condition.name))}[/bold] as the condition: {condition.kind} "
+                f"({condition.reason})"
+            )
+        if schema.categorical_conditions:
+            shown = " / ".join(
+                f"{_plain_text(str(name))} {rows:,}" for name, rows in list(sizes.items())[:MOST_CLASSES]
+            )
+            more = f" / … {len(sizes) - MOST_CLASSES} more" if len(sizes) > MOST_CLASSES else ""
+            self.shown.print(f"{len(sizes)} classes, training rows: {shown}{more}")
+        for note in plan.notes:
+            self.shown.print(_plain_text(note))
+        detector = plan.detector
+        self.shown.print(
+            f"{len(plan.training):,} rows to learn from ({detector.validation_fraction:.0%} of them to stop by, "
+            f"{detector.calibration_fraction:.0%} for thresholds), {len(plan.test):,} to evaluate on\n"
+        )
+
+    def stage(self, name: str) -> None:
+        """What is being done now."""
+        if name == "log":
+            self.done = "; the model is saved, the run may be incomplete"
+        self.aside.print(f"[dim]{STAGES[name]} …[/dim]")
+
+    def trained(self, trained: Trained) -> None:
+        """The finished model: how good, where, and what to do next."""
+        detector, config = trained.detector, trained.plan.config
+        history = detector.history_
+        self.result |= {
+            "model": str(trained.folder),
+            "model_sha256": trained.sha256,
+            "run_id": trained.run_id,
+            "model_uri": trained.model_uri,
+            "version": trained.version,
+            "seconds": trained.seconds,
+            "thresholds": _records(detector.thresholds_.reset_index()),
+        }
+        self.shown.print(
+            f"trained {int(history['step'].iloc[-1]):,} steps in {trained.seconds['fit']:.1f} s, held-out negative "
+            f"ELBO {history['validation_negative_elbo'].min():.2f} nats\n"
+        )
+        if trained.evaluated is not None:
+            self._evaluation("on rows that it has not seen", trained.evaluated.evaluation, detector.thresholds_)
+        else:
+            self._thresholds(detector.thresholds_)
+        self._alarm_columns(trained.explanation.alarm_columns)
+        model = config.folder
+        self.shown.print(f"model   [bold]{model}[/bold]  (sha256 {trained.sha256[:12]})")
+        if trained.run_id:
+            where = f" registered as {config.register_as} version {trained.version}" if trained.version else ""
+            self.shown.print(f"run     [bold]runs:/{trained.run_id}[/bold]{where}")
+        self._tracking_error(trained.tracking_error, f"the model is saved in {model}")
+        self.shown.print(
+            f"next    anomaly-cvae score {model} FILES --output scored\n        anomaly-cvae explain {model} FILES"
+        )
+
+    # ------------------------------------------------------------------ use
+
+    def evaluated(self, evaluated: Evaluated, model: OpenModel) -> None:
+        """Ranking and verdicts."""
+        self.result |= {"model": model.name, "run_id": evaluated.run_id, "label": evaluated.label_rule}
+        title = f"{_plain_text(model.name)}, where {_plain_text(evaluated.label_rule)}"
+        self._evaluation(title, evaluated.evaluation, model.detector.thresholds_)
+        self._alarm_columns(evaluated.explanation.alarm_columns)
+        if evaluated.run_id:
+            self.shown.print(f"run     [bold]runs:/{evaluated.run_id}[/bold]")
+        self._tracking_error(evaluated.tracking_error, "the figures above stand")
+
+    def _evaluation(self, title: str, evaluation: Evaluation, thresholds: pd.DataFrame) -> None:
+        ranking, alarms = evaluation.ranking, evaluation.alarms
+        self.result["ranking"] = _records(ranking.reset_index())
+        self.result["alarms"] = _records(alarms.reset_index())
+        headers = ("rows", "anom-\nalies", "AUROC", "AP", "found", "false\nalarms", "threshold", "guarantee")
+        table = _table("class", numbers=headers)
+        single = len(ranking) == 3 and len(thresholds) <= 2
+        shown = ranking.drop(index=ranking.index[1:]) if single else ranking
+        verdicts = {line["class"]: line for line in _lines(alarms)}
+        limits = {line["class"]: line for line in _lines(thresholds)}
+        for row in _lines(shown)[: MOST_CLASSES + 3]:
+            name = row["class"]
+            verdict, own = verdicts.get(name, {}), _lines(thresholds)[0] if single else limits.get(name, {})
+            table.add_row(
+                _plain_text(str(name)), f"{row['rows']:,.0f}", f"{row['anomalies']:,.0f}", _share(row["roc_auc"]),
+                _share(row["average_precision"]), _percent(verdict.get("recall")),
+                _percent(verdict.get("false_alarm_rate"), 1), _nats(own.get("threshold")), own.get("guarantee", ""),
+            )  # fmt: skip
+        self._show(title, table)
+        if len(shown) > MOST_CLASSES + 3:
+            self.shown.print(f"… and {len(shown) - MOST_CLASSES - 3} more classes\n")
+
+    def _thresholds(self, thresholds: pd.DataFrame) -> None:
+        table = _table("class", numbers=("threshold", "calibration rows", "guarantee"))
+        for row in _lines(thresholds)[:MOST_CLASSES]:
+            rows = f"{row['calibration_rows']:,}"
+            table.add_row(_plain_text(row["class"]), _nats(row["threshold"]), rows, row["guarantee"])
+        self._show("thresholds", table)
+        first = thresholds.iloc[0]
+        self.shown.print(
+            f"set {first['set_at']} by {first['set_by'] or 'unknown'}; rule: {_plain_text(first['rule'])}\n"
+        )
+
+    def _alarm_columns(self, alarm_columns: pd.DataFrame) -> None:
+        self.result["alarm_columns"] = _records(alarm_columns)
+        if not len(alarm_columns):
+            return
+        table = _table("class", numbers=("alarms",))
+        table.add_column("columns")
+        for name, own in list(alarm_columns.groupby("class", sort=False))[:MOST_CLASSES]:
+            alarms = int(own["alarms"].iloc[0])
+            top = ", ".join(f"{r['column']} {r['top'] / alarms:.0%}" for r in _records(own.head(4)) if r["top"])
+            table.add_row(_plain_text(str(name)), f"{alarms:,}", _plain_text(top))
+        self._show("what drives the alarms: the column that is most surprising in them", table)
+
+    def _tracking_error(self, error: str, kept: str) -> None:
+        if error:
+            self.exit_code = NOT_TRACKED
+            self.result["tracking_error"] = error
+            self.errors.print(f"[yellow]tracking failed:[/yellow] {_plain_text(error)}; {_plain_text(kept)}")
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[Progress], None]]:
+        """A bar with rows per second and time left; nothing where nobody sees it."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda progress: None
+            return
+        from rich import progress as bars
+
+        columns = (
+            bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn(),
+            bars.TextColumn("{task.fields[said]}"), bars.TimeRemainingColumn(),
+        )  # fmt: skip
+        with bars.Progress(*columns, console=self.aside, transient=True) as bar:
+            task = bar.add_task("scoring", total=1.0, said="")
+
+            def show(progress: Progress) -> None:
+                said = f"{progress.rows:,} rows, {progress.rows_per_second:,.0f} rows/s, {progress.path.name}"
+                bar.update(task, completed=progress.done, said=said)
+
+            yield show
+
+    def scored(self, scored: Scored, output: str) -> None:
+        """Files, rows, anomalies per class, seconds per stage."""
+        summary = scored.summary
+        count = {s: sum(f.status == s for f in summary.files) for s in ("scored", "unchanged", "failed")}
+        classes = summary.classes
+        self.result |= {
+            "output": output,
+            "rows": summary.rows,
+            "seconds": summary.seconds,
+            "rows_per_second": summary.rows / max(summary.seconds, 1e-9),
+            "stages": summary.stages,
+            "files": [
+                {
+                    "path": str(f.path),
+                    "output": str(f.output),
+                    "status": f.status,
+                    "rows": f.rows,
+                    "anomalies": f.anomalies,
+                    "error": f.error,
+                }
+                for f in summary.files
+            ],
+            "classes": _records(classes.reset_index()),
+            "run_id": scored.run_id,
+        }
+        table = _table("class", numbers=("rows", "anomalies", "share"))
+        for row in _lines(classes.sort_values("rows", ascending=False))[:MOST_CLASSES]:
+            name = _plain_text(row["class"])
+            table.add_row(name, f"{row['rows']:,}", f"{row['anomalies']:,}", f"{row['share']:.2%}")
+        self._show(f"{_plain_text(output)}: rows and anomalies per class", table)
+        if len(classes) > MOST_CLASSES:
+            self.shown.print(f"… and {len(classes) - MOST_CLASSES} more classes\n")
+        said = ", ".join(f"{n} {name}" for name, n in count.items() if n)
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
+        self.shown.print(
+            f"{len(summary.files)} files: {said}; {summary.rows:,} rows in {summary.seconds:.1f} s "
+            f"({summary.rows / max(summary.seconds, 1e-9):,.0f} rows/s; at work: {stages})"
+        )
+        if scored.run_id:
+            self.shown.print(f"run     [bold]runs:/{scored.run_id}[/bold]")
+        for file in summary.failed:
+            self.exit_code = PARTLY_DONE
+            self.errors.print(f"[bold red]not scored:[/bold red] {_plain_text(file.error)}")
+        if not self.exit_code:
+            self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
+
+    def explained(self, explanation: Explanation, model: OpenModel) -> None:
+        """Each row with its columns, and what drives the alarms."""
+        self.result |= {
+            "model": model.name,
+            "rows": explanation.n_rows,
+            "alarms": explanation.n_alarms,
+            "explained": _records(explanation.rows),
+            "top_columns": _records(explanation.columns),
+        }
+        self.shown.print(f"{explanation.n_rows:,} rows, {explanation.n_alarms:,} of them flagged\n")
+        for row in _records(explanation.rows):
+            verdict = "[bold red]flagged[/bold red]" if row["is_anomaly"] else "normal"
+            title = (
+                f"row {row['row']}  {_plain_text(str(row['condition']))}  {verdict}  score {_nats(row['score'])}, "
+                f"threshold {_nats(row['threshold'])}, p-value {row['p_value']:.2g}"
+            )
+            table = _table("column", numbers=("nats", "above usual", "observed", "expected", "90 % between"))
+            for c in _records(explanation.columns[explanation.columns["row"] == row["row"]]):
+                between = "" if _missing(c["low"]) else f"{_cell(c['low'])} … {_cell(c['high'])}"
+                cells = (
+                    _nats(c["nats"]),
+                    f"{c['excess_nats']:+.2f}",
+                    _cell(c["observed"]),
+                    _cell(c["expected"]),
+                    between,
+                )
+                table.add_row(_plain_text(str(c["column"])), *cells)
+            self._show(title, table)
+            other = row.get("most_normal_as")
+            if other is not None and str(other) != str(row["condition"]):
+                self.shown.print(
+                    f"as [bold]{_plain_text(str(other))}[/bold] it would be less surprising: "
+                    f"{row['negative_elbo'] - row['nats_there']:.2f} nats fewer\n"
+                )
+        self._alarm_columns(explanation.alarm_columns)
+
+    def generated(self, rows: pd.DataFrame, *, shown: bool) -> None:
+        """New rows."""
+        self.result["rows"] = _records(rows)
+        if not shown:
+            return
+        table = _table(numbers=[_plain_text(str(name)) for name in rows.columns])
+        for values in rows.head(50).itertuples(index=False):
+            table.add_row(*map(_cell, values))
+        self._show(f"{len(rows)} rows from the model", table)
+
+    def recalibrated(self, done: Recalibrated) -> None:
+        """Old and new thresholds."""
+        self.result |= {
+            "model": str(done.folder), "model_sha256": done.sha256, "run_id": done.run_id, "version": done.version,
+            "thresholds": _records(done.after.reset_index()),
+        }  # fmt: skip
+        table = _table("class", numbers=("before", "now", "calibration rows", "guarantee"))
+        for row in _lines(done.after)[:MOST_CLASSES]:
+            before = done.before["threshold"].get(row["class"])
+            rows = f"{row['calibration_rows']:,}"
+            name = _plain_text(row["class"])
+            table.add_row(name, _nats(before), _nats(row["threshold"]), rows, row["guarantee"])
+        self._show("thresholds", table)
+        first = done.after.iloc[0]
+        self.shown.print(f"set {first['set_at']} by {first['set_by']}; rule: {_plain_text(first['rule'])}")
+        self.shown.print(f"model   [bold]{done.folder}[/bold]  (sha256 {done.sha256[:12]})")
+        self._tracking_error(done.tracking_error, f"the recalibrated model is saved in {done.folder}")
+
+    def runs(self, runs: pd.DataFrame, uri: str) -> None:
+        """One line per run."""
+        self.result |= {"tracking_uri": uri, "runs": _records(runs)}
+        if not len(runs):
+            self.shown.print(f"no runs yet at {uri}: `anomaly-cvae train` makes the first")
+            return
+        table = _table("started", "job", "run", numbers=("AUROC", "AP", "false\nalarms"))
+        for run in runs.to_dict(orient="records"):
+            state = "" if run["status"] == "FINISHED" else f" ({str(run['status']).lower()})"
+            table.add_row(
+                f"{run['started']:%Y-%m-%d %H:%M}", str(run["job"] or ""),
+                f"{_plain_text(str(run['name']))}{state}\n[dim]runs:/{run['run']}[/dim]",
+                _share(run["roc_auc"]), _share(run["average_precision"]), _percent(run["false_alarm_rate"], 1),
+            )  # fmt: skip
+        self._show(f"runs at {uri}", table)
+
+    def promoted(self, uri: str) -> None:
+        """The URI that has a new meaning."""
+        self.result["model_uri"] = uri
+        self.shown.print(f"[bold]{uri}[/bold]")
+
+    def written(self, path: str, table: pd.DataFrame) -> None:
+        """A table into a file; its suffix says the format.
+
+        Raises
+        ------
+        DataError
+            For an unknown suffix.
+        OutputError
+            If the file cannot be written.
+        """
+        target = Path(path)
+        writers: dict[str, Callable[[], Any]] = {
+            ".parquet": lambda: _writable(table).to_parquet(target, index=False),
+            ".csv": lambda: table.to_csv(target, index=False),
+            ".json": lambda: table.to_json(target, orient="records", indent=1),
+        }
+        if target.suffix not in writers:
+            raise DataError(f"{path}: a table is written as {', '.join(writers)}; choose one of these")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writers[target.suffix]()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        self.result["output"] = path
+        self.shown.print(f"written [bold]{path}[/bold] ({len(table):,} lines)")
+
+
+def _writable(table: pd.DataFrame) -> pd.DataFrame:
+    """Cells of mixed type (a value observed may be a number or a word) as text: Parquet columns have one type."""
+    mixed = [name for name in table if table[name].dtype == object]
+    return table.assign(**{str(name): table[name].map(lambda v: None if _missing(v) else str(v)) for name in mixed})
+
+
+def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _plain_text(text: str) -> str:
+    """Text without a meaning for rich: a column may be called ``Torque [Nm]``."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _cell(value: Any) -> str:
+    if _missing(value):
+        return "missing"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return _plain_text(str(value))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value or type(value).__name__ == "NAType"
+
+
+def _nats(value: Any) -> str:
+    return "" if _missing(value) else f"{value:.2f}"
+
+
+def _share(value: Any) -> str:
+    return "" if _missing(value) else f"{value:.4f}"
+
+
+def _percent(value: Any, digits: int = 0) -> str:
+    return "" if _missing(value) else f"{value:.{digits}%}"
+
+
+def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return _records(table.reset_index())
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): _plain(v) for k, v in row.items()} for row in table.to_dict(orient="records")]
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: no NaN, no numpy."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if _missing(value) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value if isinstance(value, (str, int, float, bool, dict, list)) else str(value)
