@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import typer
-
 from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ class Report:
     A context manager around one command: what the user can mend becomes one line and an exit code.
     """
 
-    def __init__(self, *, quiet: bool, json: bool) -> None:
+    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
         from rich.console import Console
 
         self.quiet, self.json = quiet, json
@@ -67,7 +65,7 @@ class Report:
         if self.json:
             print(json_module.dumps({**self.result, "exit_code": self.exit_code}, indent=1, default=_plain))
         if self.exit_code:
-            raise typer.Exit(self.exit_code) from error
+            raise SystemExit(self.exit_code) from error
 
     def _show(self, title: str, table: Table) -> None:
         """A table under its title, which may be wider than it."""

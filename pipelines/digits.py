@@ -67,8 +67,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/digits"), help="folder for Parquet and pictures")
     parser.add_argument("--random-state", type=int, default=0)
     parser.add_argument("--no-tracking", action="store_true", help="write files only, no MLflow run")
+    parser.add_argument(
+        "--tables", type=Path, help="write the digits as train.parquet and test.parquet there, and stop"
+    )
     arguments = parser.parse_args()
-    run(arguments.output, arguments.random_state, track=not arguments.no_tracking, console=Console())
+    if arguments.tables is not None:
+        write_tables(arguments.tables, arguments.random_state)
+    else:
+        run(arguments.output, arguments.random_state, track=not arguments.no_tracking, console=Console())
+
+
+def write_tables(folder: Path, random_state: int) -> None:
+    """The demo's digits as tables, for `pipelines/configs/digits.yaml` and the command line."""
+    data = claimed_digits(random_state=random_state)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.train.to_parquet(folder / "train.parquet", index=False)
+    data.test.assign(is_anomaly=data.is_anomaly).to_parquet(folder / "test.parquet", index=False)
+    print(f"{folder / 'train.parquet'}: {len(data.train):,} rows, {folder / 'test.parquet'}: {len(data.test):,} rows")
 
 
 def run(output: Path, random_state: int, *, track: bool, console: Console) -> list[Candidate]:

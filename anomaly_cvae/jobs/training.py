@@ -101,14 +101,14 @@ def prepare(config: TrainConfig) -> Plan:
     _require_named(frame, config)
     if not len(frame):
         raise DataError(f"{', '.join(config.data)}: the table has no rows")
-    labels = read_config_labels(frame, config) if config.label else None
+    labels = read_config_labels(frame, config) if config.label in frame.columns else None
     test_frame, test_labels = frame, labels
     if config.test_data:
         test_frame, test_labels = _read_test(config)
     training, test, notes = _split(config, len(frame), labels, test_labels)
     detector = CVAEDetector(
         condition_columns=config.condition or None,
-        ignore_columns=[name for name in dict.fromkeys([*config.ignore, config.label]) if name] or None,
+        ignore_columns=_left_out(config, frame) or None,
         **parameters,
     )
     schema = detector.infer_schema(frame.iloc[training])
@@ -124,9 +124,16 @@ def _require_named(frame: pd.DataFrame, config: TrainConfig) -> None:
     require(frame, list(config.column_kinds), "column_kinds")
     require(frame, list(config.likelihoods), "likelihoods")
     if config.label is not None:
-        require(frame, [config.label], "label")
+        if not config.test_data:
+            require(frame, [config.label], "label")
         if config.label in config.condition:
             raise DataError(f"{config.label!r} is the label and cannot be the condition as well")
+
+
+def _left_out(config: TrainConfig, frame: pd.DataFrame) -> list[str]:
+    """Columns that are neither x nor condition: the label among them."""
+    names = dict.fromkeys([*config.ignore, *([config.label] if config.label else [])])
+    return [name for name in names if name in frame.columns]
 
 
 def _read_test(config: TrainConfig) -> tuple[pd.DataFrame, Labels]:
@@ -141,7 +148,9 @@ def _split(
 ) -> tuple[IntArray, IntArray, list[str]]:
     """Row numbers to learn from and to evaluate on, and what to say of them."""
     if labels is None:
-        return np.arange(n_rows), np.zeros(0, dtype=np.int64), ["no label: every row is learned from, none evaluated"]
+        tested = np.flatnonzero(test_labels.is_known) if test_labels else np.zeros(0, dtype=np.int64)
+        said = f"evaluated where {test_labels.rule}" if test_labels else "none evaluated"
+        return np.arange(n_rows), tested, [f"no label here: every row is learned from; {said}"]
     rng = np.random.default_rng(config.random_state)
     known = [NORMAL, ANOMALY] if config.train_on_anomalies else [NORMAL]
     candidates = rng.permutation(np.flatnonzero(np.isin(labels.status, known)))
