@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow check lint types imports format ui bench-floor clean
+.PHONY: help demo test test-slow check lint types imports format ui bench-floor bench-jobs bench-tables drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,15 @@ ui: $(VENV)/.installed  ## MLflow at http://127.0.0.1:5000, on the runs of this 
 
 bench-floor: $(VENV)/.installed  ## Measure the speed floors; writes docs/benchmarks/floor.md
 	$(BIN)/python pipelines/benchmarks/floor.py
+
+bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/benchmarks/jobs.md (about 6 minutes)
+	$(BIN)/python pipelines/benchmarks/jobs.py
+
+bench-tables: $(VENV)/.installed  ## Measure detection on conditional tables in DATA=FOLDER; writes docs/benchmarks/tables.md (about 40 minutes)
+	$(BIN)/python pipelines/benchmarks/tables.py $(DATA)
+
+drill-kill: $(VENV)/.installed  ## Kill a scoring job 60 times, resume it, and compare the output (about 6 minutes)
+	$(BIN)/python pipelines/drill_kill.py
 
 clean:  ## Remove what can be made again
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage outputs

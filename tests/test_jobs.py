@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -494,6 +495,19 @@ def test_one_configuration_trains_one_model(written, table: pd.DataFrame, tmp_pa
 
     assert hashed("first", 5) == hashed("second", 5)
     assert hashed("third", 6) != hashed("first", 5)
+
+
+@pytest.mark.parametrize("labelled", [0, 1], ids=["a normal", "an anomaly"])
+def test_a_row_without_a_condition_does_not_cost_the_training(
+    written, table: pd.DataFrame, tmp_path: Path, labelled: int
+) -> None:
+    """Either it is refused before training, or the model is saved all the same."""
+    gap = table.assign(kind=table["kind"].mask(table.index == table.index[table["failed"] == labelled][3]))
+    stages: list[str] = []
+    given = {"condition": "kind", "label": "failed", "output": str(tmp_path / "m")}
+    with contextlib.suppress(ConditionError):
+        train(prepare(config(written(gap), **given)), on_stage=stages.append)
+    assert (tmp_path / "m").is_dir() or not stages
 
 
 def test_the_stages_are_told_in_order(written, table: pd.DataFrame, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from anomaly_cvae.networks.fused import can_fuse, linear
 
 ALL = slice(None)
+CONDITION_START = 0.1
+"""Size at which the condition's weights start, relative to the others."""
 
 
 class StackedLinear(nn.Module):
@@ -27,7 +29,9 @@ class StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_members, 1, n_out))
         self.condition_weight: nn.Parameter | None = None
         if n_conditions:
-            self.condition_weight = nn.Parameter(_uniform((n_members, n_conditions, n_out), n_in, generator))
+            # Small, so that classes begin alike: one with few rows stays near the others, not where chance put it.
+            start = CONDITION_START * _uniform((n_members, n_conditions, n_out), n_in, generator)
+            self.condition_weight = nn.Parameter(start)
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
         """Map rows (M, R, in) to (M, R, out) with the chosen members' weights."""

@@ -319,10 +319,11 @@ def comparison(table: pd.DataFrame) -> list[str]:
     text = ["", "## Against classical detectors, same splits", ""]
     text += [
         f"Means over seeds {', '.join(map(str, SEEDS))} (standard deviation). Peers see standardised numbers and "
-        "one-hot words; *one per class* brings each class's scores to the median and 0.9 quantile of its training scores, and "
-        f"classes of fewer than {LEAST_ROWS_OF_OWN_PEER} training rows are judged by the detector of all rows. On "
-        "NSL-KDD the training and test rows are given, so only detectors that draw random numbers vary. A test row of an "
-        "unknown class ranks first wherever the method knows classes. The CVAE's way is *its condition*: c, not a column of x.",
+        "one-hot words; *one per class* brings each class's scores to the median and 0.9 quantile of its training "
+        f"scores, and classes of fewer than {LEAST_ROWS_OF_OWN_PEER} training rows are judged by the detector of all "
+        "rows. On NSL-KDD the training and test rows are given, so only detectors that draw random numbers vary. A "
+        "test row of an unknown class ranks first wherever the method knows classes. The CVAE's way is *its "
+        "condition*: c, not a column of x.",
     ]
     for problem in PROBLEMS:
         if problem.name not in table.index.get_level_values("problem"):
