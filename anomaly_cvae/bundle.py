@@ -55,8 +55,7 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
         If ``path`` exists and is not a bundle.
     """
     target = Path(path).resolve()
-    if target.exists() and not _may_be_replaced(target):
-        raise BundleError(f"{target} exists and is not a model bundle; choose another folder")
+    check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
     beside.mkdir()
@@ -69,6 +68,19 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return Path(path)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise unless a bundle may be saved at ``path``: where nothing is, or an earlier bundle.
+
+    Raises
+    ------
+    BundleError
+        If something else is there.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not _may_be_replaced(target):
+        raise BundleError(f"{target} exists and is not a model bundle; choose another folder")
 
 
 def _may_be_replaced(target: Path) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from anomaly_cvae.errors import ParameterError
+
 if TYPE_CHECKING:
     from anomaly_cvae.report import Report
 
@@ -86,7 +88,9 @@ Delimiter = Annotated[str | None, typer.Option(help="Of CSV files; found out unl
 Encoding = Annotated[str | None, typer.Option(help="Of CSV files; found out unless given.")]
 Decimal = Annotated[str | None, typer.Option(help="Decimal mark of CSV files; found out unless given.")]
 Thousands = Annotated[str | None, typer.Option(help="Thousands mark of CSV files; found out unless given.")]
+Missing = Annotated[MissingCondition, typer.Option(help="Rows without a condition.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+LogRows = Annotated[bool, typer.Option("--log-rows/--no-log-rows", help="Cells of rows may go into MLflow.")]
 Track = Annotated[bool, typer.Option("--tracking/--no-tracking", help="Log an MLflow run.")]
 
 
@@ -142,7 +146,9 @@ def train(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Fit on the normals of a table, calibrate, evaluate, log a run, and save the model."""
+    """Train a model on a table.
+
+    Fits on the normals, calibrates, evaluates, saves the model and logs a run."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import jobs
 
@@ -164,7 +170,8 @@ def train(
         }  # fmt: skip
         plan = jobs.prepare(jobs.load_config(config, given))
         report.plan(plan)
-        trained = jobs.train(plan, verbose=report.verbose, on_stage=report.stage)
+        folder = str(plan.config.folder)
+        trained = jobs.train(plan, verbose=report.verbose, on_stage=lambda stage: report.stage(stage, folder))
         report.trained(trained)
 
 
@@ -175,9 +182,8 @@ def evaluate(
     label: Annotated[str, typer.Option(help="Column that says which rows are anomalies.")],
     anomaly: Anomaly = None,
     normal: Normal = None,
-    log_rows: Annotated[
-        bool, typer.Option("--log-rows/--no-log-rows", help="Cells of rows may go into MLflow.")
-    ] = True,
+    missing_condition: Missing = MissingCondition.refuse,
+    log_rows: LogRows = True,
     tracking: Track = True,
     delimiter: Delimiter = None,
     encoding: Encoding = None,
@@ -187,7 +193,9 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Say how well a model ranks and flags labelled rows, per class; log a run below the model's."""
+    """Evaluate a model on labelled rows.
+
+    Says how well it ranks and flags them, per class; logs a run below the model's."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import jobs
 
@@ -195,7 +203,7 @@ def evaluate(
         table = jobs.TableConfig.model_validate(
             {"data": data, "label": label, "anomaly": anomaly, "normal": normal, "csv": csv}
         )
-        opened = jobs.open_model(model, device=device)
+        opened = jobs.open_model(model, device=device, missing_condition=missing_condition.value)
         report.evaluated(jobs.evaluate_model(opened, table, log=tracking, log_rows=log_rows), opened)
 
 
@@ -215,9 +223,8 @@ def score(
     unseen_class: Annotated[
         UnseenClass, typer.Option(help="Rows of a class not seen in training.")
     ] = UnseenClass.anomaly,
-    missing_condition: Annotated[
-        MissingCondition, typer.Option(help="Rows without a condition.")
-    ] = MissingCondition.refuse,
+    missing_condition: Missing = MissingCondition.refuse,
+    log_rows: LogRows = True,
     tracking: Track = True,
     delimiter: Delimiter = None,
     encoding: Encoding = None,
@@ -227,12 +234,14 @@ def score(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Score tables of any size into Parquet, one file per input. Run it again after a kill: it goes on."""
+    """Score tables of any size into Parquet.
+
+    One file per input. Run it again after a kill: it goes on where it stopped."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import batch, jobs
 
-        opened = jobs.open_model(model, device=device, unseen_class=unseen_class.value)
-        opened.detector.set_params(missing_condition=missing_condition.value)
+        policies = {"unseen_class": unseen_class.value, "missing_condition": missing_condition.value}
+        opened = jobs.open_model(model, device=device, **policies)
         options = batch.ScoreOptions(
             keep=tuple(keep) if keep else None,
             keep_all=keep_all,
@@ -242,8 +251,10 @@ def score(
             csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
         )
         with report.progress() as on_progress:
-            scored = jobs.score_tables(opened, data, output, options, log=tracking, on_progress=on_progress)
-        report.scored(scored, output)
+            scored = jobs.score_tables(
+                opened, data, output, options, log=tracking, log_rows=log_rows, on_progress=on_progress
+            )
+        report.scored(scored, output, stopped=on_error is OnError.fail)
 
 
 @app.command()
@@ -254,6 +265,7 @@ def explain(
     rows: Annotated[int, typer.Option(min=1, help="How many of the most surprising rows to explain.")] = 5,
     columns: Annotated[int, typer.Option(min=1, help="How many columns of each row.")] = 3,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table.")] = None,
+    missing_condition: Missing = MissingCondition.refuse,
     delimiter: Delimiter = None,
     encoding: Encoding = None,
     decimal: Decimal = None,
@@ -262,11 +274,15 @@ def explain(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Say why rows are surprising: their columns in nats, observed against expected, and the class they fit best."""
+    """Say why rows are surprising.
+
+    Their columns in nats, observed against expected, and the class that they fit best."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import batch, jobs
 
-        opened = jobs.open_model(model, device=device, unseen_class="anomaly")
+        report.check_output(output)
+        policies = {"unseen_class": "anomaly", "missing_condition": missing_condition.value}
+        opened = jobs.open_model(model, device=device, **policies)
         explanation = jobs.explain_tables(
             opened,
             data,
@@ -300,6 +316,7 @@ def generate(
     with reporting(quiet, json) as report:
         from anomaly_cvae import jobs
 
+        report.check_output(output)
         opened = jobs.open_model(model, device=device)
         drawn = jobs.generate_rows(opened, n, condition, random_state)
         if output is not None:
@@ -328,7 +345,9 @@ def recalibrate(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Set thresholds anew, without training: another rate, fresh normals, or both."""
+    """Set thresholds anew, without training.
+
+    From another false-alarm rate, from fresh normals, or both."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import jobs
 
@@ -372,7 +391,9 @@ def promote(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Let models:/NAME@ALIAS mean this version from now on."""
+    """Give a registered version an alias.
+
+    From then on models:/NAME@ALIAS means this version."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import tracking
 
@@ -410,7 +431,7 @@ def _pairs(given: list[str] | None, flag: str, *, parse: bool = False) -> dict[s
         # A column's name may hold a "=", a kind cannot; a parameter's name cannot, its value may.
         name, equals, value = pair.partition("=") if parse else pair.rpartition("=")
         if not equals or not name:
-            raise typer.BadParameter(f"{flag} takes NAME=VALUE, not {pair!r}")
+            raise ParameterError(f"{flag} takes NAME=VALUE, not {pair!r}")
         pairs[name] = _parsed(value) if parse else value
     return pairs
 
@@ -419,7 +440,10 @@ def _parsed(text: str) -> Any:
     """A value as YAML reads it: 3, 0.5, true, [128, 128], text."""
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ParameterError(f"--set: {text!r} is no value (3, 0.5, true, [128, 128], text)") from error
 
 
 def main() -> None:

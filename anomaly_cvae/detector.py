@@ -264,7 +264,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 f"column_kinds={{{name!r}: 'categorical'}}"
             )
         cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
-        schema = Schema(columns, conditions, observed_classes(cells), layout.ignored)
+        schema = Schema(columns, conditions, observed_classes(cells, layout.conditions), layout.ignored)
         if self.score_kind != "elbo":
             require_contrast(schema)
         return schema, likelihoods

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae.errors import ConditionError, DataError
+from anomaly_cvae.errors import ConditionError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_cells, numeric_cells
-from anomaly_cvae.schema import Column, Name, Schema, check_counts
+from anomaly_cvae.schema import Column, Name, Schema, check_counts, check_same_type
 
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
@@ -254,7 +254,7 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
         return np.zeros(len(cells)), np.zeros(len(cells), dtype=np.bool_)
     if column.kind in ("binary", "categorical"):
         found = level_cells(cells, column.name)
-        _check_same_type(column, found.levels)
+        check_same_type(column.name, column.levels, found.levels)
         codes = found.recode(column.levels)
         unknown = np.where(codes == len(column.levels), fitted.n_levels, codes)
         return np.where(codes < 0, fitted.n_levels, unknown).astype(np.float64), codes >= 0
@@ -266,16 +266,6 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     with np.errstate(over="ignore"):
         standard = (values - fitted.center) / fitted.scale
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
-
-
-def _check_same_type(column: Column, levels: Sequence[Level]) -> None:
-    """A text column that suddenly holds numbers is a mix-up, not a table full of unknown levels."""
-    was_text = all(isinstance(level, str) for level in column.levels)
-    if was_text and levels and not any(isinstance(level, str) for level in levels):
-        raise DataError(
-            f"column {column.name!r} held text in training (such as {column.levels[0]!r}) but holds numbers, such as "
-            f"{levels[0]!r}; check the columns, or convert it to text"
-        )
 
 
 def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray) -> Any:

@@ -61,12 +61,15 @@ def read_labels(
     name: object,
     anomaly: Sequence[Level] | None = None,
     normal: Sequence[Level] | None = None,
+    *,
+    strict: bool = True,
 ) -> Labels:
     """Read a label column.
 
     ``anomaly`` and ``normal`` are values (``["R2L", "DoS"]``) or one comparison (``["> 50 and <= 75"]``).
     With one of the two, every other row is of the other kind; with both, rows that are neither are left out.
     With none, 1 and True, and words such as "anomaly", mean an anomaly. A missing label is unknown.
+    ``strict``: at least one of the values named must occur.
 
     Raises
     ------
@@ -79,17 +82,21 @@ def read_labels(
         is_normal = ~is_anomaly
     elif normal is None:
         assert anomaly is not None
-        is_anomaly, rule = _matches(cells, name, anomaly), f"{name!r} {_words(anomaly)} means an anomaly"
+        is_anomaly, rule = _matches(cells, name, anomaly, strict), f"{name!r} {_words(anomaly)} means an anomaly"
         is_normal = ~is_anomaly
     elif anomaly is None:
-        is_normal = _matches(cells, name, normal)
+        is_normal = _matches(cells, name, normal, strict)
         is_anomaly, rule = ~is_normal, f"{name!r} {_words(normal)} means normal, anything else an anomaly"
     else:
-        is_anomaly, is_normal = _matches(cells, name, anomaly), _matches(cells, name, normal)
+        is_anomaly = _matches(cells, name, anomaly, strict)
+        is_normal = _matches(cells, name, normal, strict)
         rule = f"{name!r} {_words(anomaly)} means an anomaly, {_words(normal)} normal, other rows are left out"
         both = np.flatnonzero(is_anomaly & is_normal)
         if both.size:
-            raise DataError(f"label {name!r} is {cells.iloc[both[0]]!r} in row {both[0]}: both normal and anomaly")
+            raise DataError(
+                f"label {name!r} is {canonical_level(cells.iloc[both[0]])!r} in row {both[0]}: both normal and an anomaly"
+            )
+    rule += _absent(cells, name, anomaly) + _absent(cells, name, normal)
     status = np.select([missing, is_anomaly, is_normal], [UNKNOWN, ANOMALY, NORMAL], LEFT_OUT).astype(np.int8)
     return Labels(status, rule)
 
@@ -111,7 +118,7 @@ def _obvious(cells: pd.Series, name: object) -> tuple[BoolArray, str]:
     return _is_one_of(cells, name, yes), f"{name!r} {meaning} means an anomaly"
 
 
-def _matches(cells: pd.Series, name: object, values: Sequence[Level]) -> BoolArray:
+def _matches(cells: pd.Series, name: object, values: Sequence[Level], strict: bool) -> BoolArray:
     comparisons = _comparisons(values)
     if comparisons:
         numbers = numeric_cells(cells, name)
@@ -119,7 +126,7 @@ def _matches(cells: pd.Series, name: object, values: Sequence[Level]) -> BoolArr
         for compare, bound in comparisons:
             result &= compare(np.where(np.isnan(numbers), np.nan, numbers), bound)
         return result
-    return _is_one_of(cells, name, _as_in(cells, name, values))
+    return _is_one_of(cells, name, _as_in(cells, name, values, strict))
 
 
 def _comparisons(values: Sequence[Level]) -> list[tuple[Callable[..., BoolArray], float]]:
@@ -131,15 +138,19 @@ def _comparisons(values: Sequence[Level]) -> list[tuple[Callable[..., BoolArray]
     return [(_COMPARISONS[part.group(1)], float(part.group(2))) for part in parts if part is not None]
 
 
-def _as_in(cells: pd.Series, name: object, values: Sequence[Level]) -> list[Level]:
-    """The named values as the column spells them: "1" on a command line is the 1 of a column of numbers."""
-    spelled = {str(level): level for level in level_cells(cells, name).levels}
-    absent = [value for value in values if str(canonical_level(value)) not in spelled]
-    if len(absent) == len(values):
-        raise DataError(
-            f"label {name!r} has no value {', '.join(map(repr, absent))}; it has {', '.join(sorted(spelled)[:10])}"
-        )
-    return [spelled[str(canonical_level(value))] for value in values if value not in absent]
+def _as_in(cells: pd.Series, name: object, values: Sequence[Level], strict: bool) -> list[Level]:
+    """The named values as the column spells them: "1" on a command line is the number 1, or True."""
+    levels = level_cells(cells, name).levels
+    spelled = {str(level).lower() if isinstance(level, bool) else str(level): level for level in levels}
+    truth = {"1": "true", "0": "false"} if any(isinstance(level, bool) for level in levels) else {}
+    asked = [str(canonical_level(value)) for value in values]
+    asked = [truth.get(word, word.lower() if truth else word) for word in asked]
+    found = [spelled[word] for word in asked if word in spelled]
+    if strict and not found and levels:
+        hint = "; a comparison is written as one value: '> 10 and <= 90'" if any(w[:1] in "<>" for w in asked) else ""
+        shown = ", ".join(map(str, sorted(map(str, levels))[:10]))
+        raise DataError(f"label {name!r} has no value {', '.join(map(repr, values))}; it has {shown}{hint}")
+    return found
 
 
 def _is_one_of(cells: pd.Series, name: object, levels: Sequence[Level]) -> BoolArray:
@@ -153,3 +164,11 @@ def _words(values: Sequence[Level]) -> str:
     if _comparisons(values):
         return str(values[0])
     return "= " + " or ".join(map(repr, values))
+
+
+def _absent(cells: pd.Series, name: object, values: Sequence[Level] | None) -> str:
+    """What to add to the rule when a value that was named does not occur: it may be misspelt."""
+    if values is None or _comparisons(values):
+        return ""
+    absent = [value for value in values if not _as_in(cells, name, [value], strict=False)]
+    return f" ({', '.join(map(repr, absent))} does not occur)" if absent else ""

@@ -88,8 +88,10 @@ def roc_auc(is_anomaly: BoolArray, scores: FloatArray) -> float:
 
 
 def average_precision(is_anomaly: BoolArray, scores: FloatArray) -> float:
-    """Area under the precision-recall curve (step-wise); NaN without an anomaly."""
-    return float(average_precision_score(is_anomaly, scores)) if is_anomaly.any() else float("nan")
+    """Area under the precision-recall curve (step-wise); NaN unless both kinds of row are there."""
+    if is_anomaly.all() or not is_anomaly.any():
+        return float("nan")
+    return float(average_precision_score(is_anomaly, scores))
 
 
 def curves(is_anomaly: BoolArray, scores: FloatArray) -> Curves:
@@ -109,7 +111,7 @@ def ranking_table(is_anomaly: BoolArray, scores: FloatArray, classes: npt.NDArra
     classes : (N,) class of each row
     """
     lines = {OVERALL: _ranking(is_anomaly, scores)}
-    per_class = {str(name): _ranking(is_anomaly[classes == name], scores[classes == name]) for name in _sorted(classes)}
+    per_class = {line_of(n): _ranking(is_anomaly[classes == n], scores[classes == n]) for n in _sorted(classes)}
     lines[MACRO] = {
         "rows": len(scores),
         "anomalies": int(is_anomaly.sum()),
@@ -117,6 +119,12 @@ def ranking_table(is_anomaly: BoolArray, scores: FloatArray, classes: npt.NDArra
         "average_precision": _mean([line["average_precision"] for line in per_class.values()]),
     }
     return pd.DataFrame.from_dict({**lines, **per_class}, orient="index").rename_axis("class")
+
+
+def line_of(class_name: Any) -> str:
+    """The line of a class in these tables: its name, unless a line about all rows has it."""
+    name = str(class_name)
+    return f"{name} (class)" if name in (OVERALL, MACRO, SEEN) else name
 
 
 def _ranking(is_anomaly: BoolArray, scores: FloatArray) -> dict[str, float]:
@@ -136,7 +144,7 @@ def alarm_table(is_anomaly: BoolArray, flagged: BoolArray, classes: npt.NDArray[
     """
     lines = {OVERALL: _alarms(is_anomaly, flagged)}
     for name in _sorted(classes):
-        lines[str(name)] = _alarms(is_anomaly[classes == name], flagged[classes == name])
+        lines[line_of(name)] = _alarms(is_anomaly[classes == name], flagged[classes == name])
     return pd.DataFrame.from_dict(lines, orient="index").rename_axis("class")
 
 

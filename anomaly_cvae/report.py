@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
+from anomaly_cvae.errors import AnomalyCVAEError, OutputError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from anomaly_cvae.metrics import Evaluation
 
 WRONG_USE, WRONG_DATA, PARTLY_DONE, NOT_TRACKED, INTERRUPTED = 2, 3, 4, 5, 130
-MOST_COLUMNS, MOST_CLASSES = 60, 20
+MOST_COLUMNS, MOST_CLASSES, MOST_DRAWN = 60, 20, 50
+TABLE_SUFFIXES = (".parquet", ".csv", ".json")
 STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
 
 
@@ -75,7 +76,7 @@ class Report:
 
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self._error(INTERRUPTED, f"interrupted{self.done}")
+            self._error(INTERRUPTED, "interrupted")
         elif isinstance(error, ParameterError) or type(error).__name__ == "ValidationError":
             self._error(WRONG_USE, str(error))
         elif isinstance(error, (AnomalyCVAEError, FileNotFoundError, PermissionError)):
@@ -84,7 +85,7 @@ class Report:
             raise error
 
     def _error(self, code: int, message: str) -> None:
-        self.exit_code = code
+        self.exit_code, message = code, message + self.done
         self.result["error"] = message
         self.errors.print(f"[bold red]error:[/bold red] {_plain_text(message)}")
 
@@ -119,7 +120,7 @@ class Report:
         for condition in schema.conditions:
             self.shown.print(
                 f"treated [bold]{_plain_text(str(condition.name))}[/bold] as the condition: {condition.kind} "
-                f"({condition.reason})"
+                f"({_plain_text(condition.reason)})"
             )
         if schema.categorical_conditions:
             shown = " / ".join(
@@ -135,10 +136,10 @@ class Report:
             f"{detector.calibration_fraction:.0%} for thresholds), {len(plan.test):,} to evaluate on\n"
         )
 
-    def stage(self, name: str) -> None:
-        """What is being done now."""
-        if name == "log":
-            self.done = "; the model is saved, the run may be incomplete"
+    def stage(self, name: str, folder: str) -> None:
+        """What is being done now; from "evaluate" on the model is safe in ``folder``."""
+        if name in ("evaluate", "log"):
+            self.done = f"; the model is saved in {folder}"
         self.aside.print(f"[dim]{STAGES[name]} …[/dim]")
 
     def trained(self, trained: Trained) -> None:
@@ -163,15 +164,26 @@ class Report:
         else:
             self._thresholds(detector.thresholds_)
         self._alarm_columns(trained.explanation.alarm_columns)
-        model = config.folder
+        self._warn_of_empty_promises(detector.thresholds_)
+        model = _plain_text(str(config.folder))
         self.shown.print(f"model   [bold]{model}[/bold]  (sha256 {trained.sha256[:12]})")
         if trained.run_id:
-            where = f" registered as {config.register_as} version {trained.version}" if trained.version else ""
+            where = (
+                f" registered as {_plain_text(config.register_as or '')} version {trained.version}"
+                if trained.version
+                else ""
+            )
             self.shown.print(f"run     [bold]runs:/{trained.run_id}[/bold]{where}")
         self._tracking_error(trained.tracking_error, f"the model is saved in {model}")
         self.shown.print(
             f"next    anomaly-cvae score {model} FILES --output scored\n        anomaly-cvae explain {model} FILES"
         )
+
+    def _warn_of_empty_promises(self, thresholds: pd.DataFrame) -> None:
+        empty = [str(name) for name in thresholds.index[thresholds["guarantee"] == "none"]]
+        if empty:
+            named = ", ".join(empty[:5]) + (f", … ({len(empty)} in all)" if len(empty) > 5 else "")
+            self._warn(f"too few calibration rows to hold the false-alarm rate for {named}")
 
     # ------------------------------------------------------------------ use
 
@@ -232,7 +244,7 @@ class Report:
 
     def _tracking_error(self, error: str, kept: str) -> None:
         if error:
-            self.exit_code = NOT_TRACKED
+            self.exit_code = self.exit_code or NOT_TRACKED
             self.result["tracking_error"] = error
             self.errors.print(f"[yellow]tracking failed:[/yellow] {_plain_text(error)}; {_plain_text(kept)}")
 
@@ -257,8 +269,8 @@ class Report:
 
             yield show
 
-    def scored(self, scored: Scored, output: str) -> None:
-        """Files, rows, anomalies per class, seconds per stage."""
+    def scored(self, scored: Scored, output: str, *, stopped: bool = False) -> None:
+        """Files, rows, anomalies per class, seconds per stage; ``stopped``: the first bad file ended the job."""
         summary = scored.summary
         count = {s: sum(f.status == s for f in summary.files) for s in ("scored", "unchanged", "failed")}
         classes = summary.classes
@@ -298,10 +310,9 @@ class Report:
         if scored.run_id:
             self.shown.print(f"run     [bold]runs:/{scored.run_id}[/bold]")
         for file in summary.failed:
-            self.exit_code = PARTLY_DONE
+            self.exit_code = WRONG_DATA if stopped else PARTLY_DONE
             self.errors.print(f"[bold red]not scored:[/bold red] {_plain_text(file.error)}")
-        if not self.exit_code:
-            self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
+        self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
 
     def explained(self, explanation: Explanation, model: OpenModel) -> None:
         """Each row with its columns, and what drives the alarms."""
@@ -345,9 +356,10 @@ class Report:
         if not shown:
             return
         table = _table(numbers=[_plain_text(str(name)) for name in rows.columns])
-        for values in rows.head(50).itertuples(index=False):
+        for values in rows.head(MOST_DRAWN).itertuples(index=False):
             table.add_row(*map(_cell, values))
-        self._show(f"{len(rows)} rows from the model", table)
+        more = f", the first {MOST_DRAWN} shown" if len(rows) > MOST_DRAWN else ""
+        self._show(f"{len(rows)} rows from the model{more}", table)
 
     def recalibrated(self, done: Recalibrated) -> None:
         """Old and new thresholds."""
@@ -364,7 +376,7 @@ class Report:
         self._show("thresholds", table)
         first = done.after.iloc[0]
         self.shown.print(f"set {first['set_at']} by {first['set_by']}; rule: {_plain_text(first['rule'])}")
-        self.shown.print(f"model   [bold]{done.folder}[/bold]  (sha256 {done.sha256[:12]})")
+        self.shown.print(f"model   [bold]{_plain_text(str(done.folder))}[/bold]  (sha256 {done.sha256[:12]})")
         self._tracking_error(done.tracking_error, f"the recalibrated model is saved in {done.folder}")
 
     def runs(self, runs: pd.DataFrame, uri: str) -> None:
@@ -381,20 +393,29 @@ class Report:
                 f"{_plain_text(str(run['name']))}{state}\n[dim]runs:/{run['run']}[/dim]",
                 _share(run["roc_auc"]), _share(run["average_precision"]), _percent(run["false_alarm_rate"], 1),
             )  # fmt: skip
-        self._show(f"runs at {uri}", table)
+        self._show(f"runs at {_plain_text(uri)}", table)
 
     def promoted(self, uri: str) -> None:
         """The URI that has a new meaning."""
         self.result["model_uri"] = uri
-        self.shown.print(f"[bold]{uri}[/bold]")
+        self.shown.print(f"[bold]{_plain_text(uri)}[/bold]")
+
+    def check_output(self, path: str | None) -> None:
+        """Refuse a table's file name before any work is done for it.
+
+        Raises
+        ------
+        ParameterError
+            For an unknown suffix.
+        """
+        if path is not None and Path(path).suffix not in TABLE_SUFFIXES:
+            raise ParameterError(f"{path}: a table is written as {', '.join(TABLE_SUFFIXES)}; choose one of these")
 
     def written(self, path: str, table: pd.DataFrame) -> None:
         """A table into a file; its suffix says the format.
 
         Raises
         ------
-        DataError
-            For an unknown suffix.
         OutputError
             If the file cannot be written.
         """
@@ -404,15 +425,13 @@ class Report:
             ".csv": lambda: table.to_csv(target, index=False),
             ".json": lambda: table.to_json(target, orient="records", indent=1),
         }
-        if target.suffix not in writers:
-            raise DataError(f"{path}: a table is written as {', '.join(writers)}; choose one of these")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             writers[target.suffix]()
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
         self.result["output"] = path
-        self.shown.print(f"written [bold]{path}[/bold] ({len(table):,} lines)")
+        self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({len(table):,} lines)")
 
 
 def _writable(table: pd.DataFrame) -> pd.DataFrame:
@@ -427,9 +446,9 @@ def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 

@@ -97,7 +97,10 @@ class Schema:
         conditions = self.categorical_conditions
         if not conditions:
             return np.zeros(len(frame), dtype=np.int64)
-        return self.class_index([level_cells(frame[c.name], c.name) for c in conditions])
+        cells = [level_cells(frame[c.name], c.name) for c in conditions]
+        for condition, found in zip(conditions, cells, strict=True):
+            check_same_type(condition.name, condition.levels, found.levels)
+        return self.class_index(cells)
 
     def _class_of(self, combination: tuple[int, ...], cells: Sequence[LevelCells]) -> int:
         if min(combination) < 0:
@@ -250,14 +253,37 @@ def _infer_condition_kind(cells: pd.Series, name: Name, content: CellType) -> tu
     return "continuous", f"{len(values):,} distinct numbers"
 
 
-def observed_classes(cells: Sequence[LevelCells]) -> tuple[tuple[Level, ...], ...]:
-    """Return the combinations of condition levels that occur, sorted; ``((),)`` without conditions."""
+def check_same_type(name: Name, known: Sequence[Level], found: Sequence[Level]) -> None:
+    """A text column that suddenly holds numbers is a mix-up, not a table full of unknown levels.
+
+    Raises
+    ------
+    DataError
+        Naming the column, and a level of each kind.
+    """
+    was_text = all(isinstance(level, str) for level in known)
+    if known and was_text and found and not any(isinstance(level, str) for level in found):
+        raise DataError(
+            f"column {name!r} held text in training (such as {known[0]!r}) but holds numbers, such as "
+            f"{found[0]!r}; check the columns, or convert it to text"
+        )
+
+
+def observed_classes(cells: Sequence[LevelCells], names: Sequence[Name] = ()) -> tuple[tuple[Level, ...], ...]:
+    """Return the combinations of condition levels that occur, sorted; ``((),)`` without conditions.
+
+    Raises
+    ------
+    ConditionError
+        If there are more than `MAX_CLASSES`.
+    """
     if not cells:
         return ((),)
     combinations = pd.MultiIndex.from_arrays([c.codes for c in cells]).unique()
     if len(combinations) > MAX_CLASSES:
         raise ConditionError(
-            f"the condition has {len(combinations):,} classes, more than {MAX_CLASSES:,}: it looks like an identifier; "
+            f"the condition {', '.join(map(str, names))} has {len(combinations):,} classes, more than "
+            f"{MAX_CLASSES:,}: it looks like an identifier; "
             "group its rare values, name a coarser column, or ignore it"
         )
     found = (tuple(c.levels[code] for c, code in zip(cells, codes, strict=True)) for codes in combinations)

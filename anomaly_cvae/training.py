@@ -97,6 +97,8 @@ def train(
     try:
         stopped_by = loop.run(on_epoch)
     except KeyboardInterrupt:
+        if not loop.epochs:
+            raise  # before the first look at held-out rows there are no best weights to keep
         stopped_by = "interrupt"
     finally:
         loop.restore_best()

@@ -329,9 +329,7 @@ def say_what_next(
     for name, description in described.items():
         console.print(f"  [bold]{written[name]}[/bold]\n      {description}")
     if runs:
-        console.print(
-            f"  [bold]make ui[/bold]\n      the runs in MLflow, at http://127.0.0.1:5000\n      (store: {runs})"
-        )
+        console.print("  [bold]make ui[/bold]\n      the runs in MLflow, at http://127.0.0.1:5000")
     console.print(f"\nDone in {seconds:.0f} s.")
 
 

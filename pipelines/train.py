@@ -26,7 +26,8 @@ def main() -> None:
     with Report() as report:
         plan = jobs.prepare(jobs.load_config(arguments.config, given))
         report.plan(plan)
-        report.trained(jobs.train(plan, verbose=report.verbose, on_stage=report.stage))
+        folder = str(plan.config.folder)
+        report.trained(jobs.train(plan, verbose=report.verbose, on_stage=lambda stage: report.stage(stage, folder)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from anomaly_cvae.batch import CsvFormat, TableFile, find_files, read_table
-from anomaly_cvae.batch.source import SAMPLE_BYTES, Batch
+from anomaly_cvae.batch.csv_text import SAMPLE_BYTES
+from anomaly_cvae.batch.source import Batch, Wanted
 from anomaly_cvae.errors import DataError
 
 NO_TEXT: tuple[str, ...] = ()
@@ -39,7 +40,7 @@ def read(path: Path, **csv_format: str) -> pd.DataFrame:
 
 
 def batches(path: Path, columns: list[str], text: tuple[str, ...] = NO_TEXT, rows: int = 1000) -> list[Batch]:
-    return list(TableFile.of(path).batches(columns, text, rows))
+    return list(TableFile.of(path).batches(Wanted(columns, (), text), rows))
 
 
 def cells(path: Path, columns: list[str], text: tuple[str, ...] = NO_TEXT, rows: int = 1000) -> dict[str, list]:

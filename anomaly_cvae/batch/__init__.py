@@ -1,7 +1,8 @@
 """Tables in files, of any size: read, score, write; nothing is lost when the job is killed."""
 
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.local import FileResult, ScoreOptions, Summary, score_files
-from anomaly_cvae.batch.source import CsvFormat, TableFile, find_files, read_table
+from anomaly_cvae.batch.source import TableFile, find_files, read_table
 
 __all__ = [
     "CsvFormat",

@@ -9,16 +9,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.manifest import Entry, Manifest
 from anomaly_cvae.batch.needs import Needs
 from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class
-from anomaly_cvae.batch.source import Batch, CsvFormat, TableFile, find_files
+from anomaly_cvae.batch.source import Batch, TableFile, find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
 
@@ -148,12 +150,12 @@ def score_files(
     DataError
         If there is no input, two inputs would become one file, or the output folder is among the inputs.
     OutputError
-        If the output cannot be written; what is finished stays.
+        If the output cannot be written, or another job writes there; what is finished stays.
     """
     options, output = options or ScoreOptions(), Path(output)
     files = find_files(inputs, options.csv_format)
     targets = _targets(files, inputs, output)
-    job = _Job(detector, model_hash, options, on_progress, sum(file.size for file in files))
+    job = _Job(detector, model_hash, options, on_progress, sum(map(_size, files)))
     with Manifest(output, job.identity) as manifest:
         results = []
         for file, target in zip(files, targets, strict=True):
@@ -200,8 +202,8 @@ class _Job:
         self.detector, self.options, self.on_progress = detector, options, on_progress
         self.model_hash, self.total_bytes = model_hash, max(total_bytes, 1)
         self.started, self.stopwatch = time.perf_counter(), Stopwatch()
-        self.rows, self.bytes_done, self.bytes_skipped = 0, 0, 0
-        self.needs = Needs.of(detector)
+        self.rows, self.bytes_done = 0, 0
+        self.needs, self.known = Needs.of(detector), frozenset(detector.schema_.class_names)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -220,24 +222,26 @@ class _Job:
 
     def score(self, file: TableFile, target: Path, manifest: Manifest) -> FileResult:
         """One file, from start to finish."""
-        started = time.perf_counter()
+        started, size = time.perf_counter(), _size(file)
         done = manifest.is_done(file.path, target)
         if done is not None:
-            self.bytes_skipped += file.size
+            self.bytes_done += size
             return FileResult(file.path, target, "unchanged", done.rows, done.anomalies, dict(done.classes))
-        stat = file.path.stat()
         rows_before = self.rows
         try:
-            classes = self._score(file, target)
+            modified = _modified(file)
+            classes = self._score(file, target, size)
         except (ValueError, TypeError) as error:
             self.rows = rows_before
+            with _output_faults_named(target):
+                manifest.drop(file.path, target)
             return FileResult(file.path, target, "failed", seconds=time.perf_counter() - started, error=str(error))
         finally:
-            self.bytes_done += stat.st_size
+            self.bytes_done += size
         entry = Entry(
             output=str(target.relative_to(manifest.folder)),
-            size=stat.st_size,
-            modified_ns=stat.st_mtime_ns,
+            size=size,
+            modified_ns=modified,
             rows=self.rows - rows_before,
             classes=classes,
             seconds=round(time.perf_counter() - started, 3),
@@ -246,7 +250,7 @@ class _Job:
             manifest.add(file.path, entry)
         return FileResult(file.path, target, "scored", entry.rows, entry.anomalies, classes, entry.seconds)
 
-    def _score(self, file: TableFile, target: Path) -> dict[str, tuple[int, int]]:
+    def _score(self, file: TableFile, target: Path, size: int) -> dict[str, tuple[int, int]]:
         kept = self._kept(file)
         totals: dict[str, tuple[int, int]] = {}
         with (
@@ -256,18 +260,14 @@ class _Job:
             closing(ahead(self.needs.batches(file, kept), self.stopwatch)) as batches,
         ):
             for batch in batches:
-                scored = self.stopwatch.timed("score", lambda batch=batch: self._score_batch(file, batch))  # type: ignore[misc]
-                for name, (n, flagged) in counts_by_class(scored).items():
+                scored = self.stopwatch.timed("score", partial(self._score_batch, file, batch))
+                for name, (n, flagged) in counts_by_class(scored, self.known).items():
                     before = totals.get(name, (0, 0))
                     totals[name] = (before[0] + n, before[1] + flagged)
-                output = self._as_kept(batch.frame[kept], file)
-                writer.submit(lambda output=output, scored=scored: self._write(sink, output, scored))  # type: ignore[misc]
+                writer.submit(partial(self.stopwatch.timed, "write", partial(sink.write, batch.kept, scored)))
                 self.rows += len(scored)
-                self._report(file, batch.done)
+                self._report(file, batch.done * size)
         return totals
-
-    def _write(self, sink: ScoredFile, kept: pd.DataFrame, scored: pd.DataFrame) -> None:
-        self.stopwatch.timed("write", lambda: sink.write(kept, scored))
 
     def _score_batch(self, file: TableFile, batch: Batch) -> pd.DataFrame:
         frame, options = self.needs.table(batch.frame), self.options
@@ -294,14 +294,6 @@ class _Job:
             )
         return kept
 
-    def _as_kept(self, frame: pd.DataFrame, file: TableFile) -> pd.DataFrame:
-        """Kept cells of a CSV file get one type for the whole file: text as it stands, or floats if x needs numbers."""
-        if file.kind != "csv":
-            return frame
-        numbers = {name: np.float64 for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name].dtype)}
-        texts = {name: "string" for name in frame.columns if name not in numbers}
-        return frame.astype({**numbers, **texts})
-
     def _metadata(self, file: TableFile) -> dict[str, str]:
         from anomaly_cvae import __version__
 
@@ -315,11 +307,23 @@ class _Job:
             "anomaly_cvae.input": file.path.name,
         }
 
-    def _report(self, file: TableFile, share: float) -> None:
+    def _report(self, file: TableFile, bytes_of_file: float) -> None:
         if self.on_progress is None:
             return
-        done = (self.bytes_done + self.bytes_skipped + share * file.size) / self.total_bytes
+        done = (self.bytes_done + bytes_of_file) / self.total_bytes
         self.on_progress(Progress(file.path, self.rows, min(done, 1.0), time.perf_counter() - self.started))
+
+
+def _size(file: TableFile) -> int:
+    """Bytes; 0 for a file that is gone, which is found out when it is read."""
+    return file.path.stat().st_size if file.path.is_file() else 0
+
+
+def _modified(file: TableFile) -> int:
+    try:
+        return file.path.stat().st_mtime_ns
+    except OSError as error:
+        raise DataError(f"{file.path}: no such file; it was there when the job began") from error
 
 
 class Writer:
@@ -327,12 +331,12 @@ class Writer:
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(1, "write")
-        self.last: Future[None] | None = None
+        self.last: Future[object] | None = None
 
     def __enter__(self) -> Writer:
         return self
 
-    def submit(self, work: Callable[[], None]) -> None:
+    def submit(self, work: Callable[[], object]) -> None:
         """Hand over work once the last piece is done; an error of that one is raised here."""
         if self.last is not None:
             self.last.result()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from anomaly_cvae.batch.sink import PARTIAL, sync
-from anomaly_cvae.errors import DataError
+from anomaly_cvae.errors import DataError, OutputError
 
 NAME = "_manifest.json"
 LOCK = ".lock"
@@ -53,7 +53,9 @@ class Manifest:
     def __enter__(self) -> Self:
         self._lock = _hold(self.folder)
         try:
-            self._read()
+            if not self._read():
+                # Before any output: a kill must not leave files of this model under the name of another one.
+                self._write()
             for left in self.folder.rglob(f".*{PARTIAL}"):
                 left.unlink()
         except BaseException:
@@ -73,14 +75,26 @@ class Manifest:
 
     def is_done(self, path: Path, output: Path) -> Entry | None:
         """The entry of an input that has not changed since it was scored, if its output is still there."""
-        entry, stat = self.entries.get(key_of(path)), path.stat()
-        if entry is None or (entry.size, entry.modified_ns) != (stat.st_size, stat.st_mtime_ns):
+        entry = self.entries.get(key_of(path))
+        if entry is None or not path.is_file():
+            return None
+        stat = path.stat()
+        if (entry.size, entry.modified_ns) != (stat.st_size, stat.st_mtime_ns):
             return None
         return entry if self.folder / entry.output == output and output.is_file() else None
 
     def add(self, path: Path, entry: Entry) -> None:
         """Note a finished file, at once and for good."""
         self.entries[key_of(path)] = entry
+        self._write()
+
+    def drop(self, path: Path, output: Path) -> None:
+        """Forget an input that can no longer be scored, with what an earlier job made of it."""
+        output.unlink(missing_ok=True)
+        if self.entries.pop(key_of(path), None) is not None:
+            self._write()
+
+    def _write(self) -> None:
         beside = self.folder / f".{NAME}{PARTIAL}"
         content = {
             "version": VERSION,
@@ -92,11 +106,11 @@ class Manifest:
         os.replace(beside, self.folder / NAME)
         sync(self.folder)
 
-    def _read(self) -> None:
-        """Take over what an earlier job with this model and these options has finished."""
+    def _read(self) -> bool:
+        """Take over what an earlier job with this model and these options has finished; False if none has."""
         path = self.folder / NAME
         if not path.is_file():
-            return
+            return False
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             same = content["version"] == VERSION and content["identity"] == json.loads(json.dumps(dict(self.identity)))
@@ -109,6 +123,7 @@ class Manifest:
                 f"{path} is not readable ({error}); delete it to have every file scored again, or choose another folder"
             ) from error
         self.entries = entries if same else {}
+        return bool(same)
 
 
 def key_of(path: Path) -> str:
@@ -121,14 +136,14 @@ def _hold(folder: Path) -> Any:
 
     Raises
     ------
-    DataError
+    OutputError
         If the folder cannot be written to, or another job holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written to ({error.strerror}); choose another output folder") from error
+        raise OutputError(f"{folder}: cannot be written to ({error.strerror}); choose another output folder") from error
     try:
         import fcntl
     except ImportError:  # not a POSIX system: the folder is not guarded there
@@ -137,5 +152,5 @@ def _hold(folder: Path) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
-        raise DataError(f"{folder}: another job is writing there; wait for it, or choose another folder") from error
+        raise OutputError(f"{folder}: another job is writing there; wait for it, or choose another folder") from error
     return lock

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae.batch.source import Batch, TableFile, require_columns
+from anomaly_cvae.batch.source import Batch, TableFile, Wanted
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.schema import Name
@@ -51,6 +51,11 @@ class Needs:
         """Names as a file has them."""
         return [str(name) for name in self.names]
 
+    @property
+    def numbers(self) -> frozenset[str]:
+        """Columns that are numbers or truth values."""
+        return frozenset(self.columns) - self.text
+
     def batches(self, file: TableFile, kept: Sequence[str] = ()) -> Iterator[Batch]:
         """The needed and the kept columns of a file, some rows at a time.
 
@@ -59,11 +64,9 @@ class Needs:
         DataError
             If a column is missing, or the file cannot be read.
         """
-        require_columns(file, [*self.columns, *kept])
-        columns = list(dict.fromkeys([*self.columns, *kept]))
-        numbers = set(self.columns) - self.text
-        rows = int(np.clip(CELLS_PER_BATCH // max(len(columns), 1), LEAST_ROWS, MOST_ROWS))
-        return file.batches(columns, (self.text | set(kept)) - numbers, rows)
+        wanted = Wanted(self.columns, kept, self.text)
+        rows = int(np.clip(CELLS_PER_BATCH // max(len(wanted.columns), 1), LEAST_ROWS, MOST_ROWS))
+        return file.batches(wanted, rows)
 
     def table(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The needed columns under the names that the detector knows."""

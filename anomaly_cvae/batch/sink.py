@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import pandas as pd
 
+from anomaly_cvae.detector import UNKNOWN_CLASS
 from anomaly_cvae.errors import MissingDependencyError
 
 PARTIAL = ".partial"
-ROWS_PER_GROUP = 1 << 18
+BYTES_PER_GROUP = 1 << 24
+"""Of one row group, before compression."""
 SCORED_TYPES = {
     "condition": "string",
     "negative_elbo": "double",
@@ -47,19 +48,16 @@ class ScoredFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self
 
-    def write(self, kept: pd.DataFrame, scored: pd.DataFrame) -> None:
-        """Append rows: kept input columns, then the scored ones."""
+    def write(self, kept: Any, scored: pd.DataFrame) -> None:
+        """Append rows: an Arrow table of kept input columns, then the scored ones."""
         arrow, _ = _pyarrow()
-        columns = {name: _kept(kept[name]) for name in kept.columns}
-        columns |= {name: _scored(scored[name]) for name in scored.columns}
-        table = arrow.table(columns)
-        if self.waiting:
-            table = table.cast(self.waiting[0].schema)
-        elif self.writer is not None:
-            table = table.cast(self.writer.schema.remove_metadata())
+        table = arrow.table(
+            [*kept.columns, *(_scored(scored[name]) for name in scored.columns)],
+            names=[*kept.column_names, *map(str, scored.columns)],
+        )
         self.waiting.append(table)
-        self.n_waiting += len(table)
-        if self.n_waiting >= ROWS_PER_GROUP:
+        self.n_waiting += table.nbytes
+        if self.n_waiting >= BYTES_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
@@ -97,13 +95,8 @@ class ScoredFile:
 def _scored(cells: pd.Series) -> Any:
     arrow, _ = _pyarrow()
     kind = SCORED_TYPES[str(cells.name)]
-    return arrow.array(cells.to_numpy(), type=kind, from_pandas=kind == "string")
-
-
-def _kept(cells: pd.Series) -> Any:
-    arrow, _ = _pyarrow()
-    values = arrow.array(cells, from_pandas=True)
-    return values if not isinstance(values, arrow.ChunkedArray) else values.combine_chunks()
+    values = cells.astype(str).where(cells.notna(), None) if kind == "string" else cells
+    return arrow.array(values.to_numpy(), type=kind, from_pandas=kind == "string")
 
 
 def sync(path: Path) -> None:
@@ -133,10 +126,8 @@ def _pyarrow() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def counts_by_class(scored: pd.DataFrame) -> dict[str, tuple[int, int]]:
-    """Rows and anomalies of each class in a scored table."""
-    names = scored["condition"].fillna("(missing)").astype(str).to_numpy()
-    classes, inverse = np.unique(names.astype(object).astype(str), return_inverse=True)
-    rows = np.bincount(inverse, minlength=len(classes))
-    anomalies = np.bincount(inverse, weights=scored["is_anomaly"].to_numpy(dtype=np.float64), minlength=len(classes))
-    return {str(c): (int(n), int(a)) for c, n, a in zip(classes, rows, anomalies, strict=True)}
+def counts_by_class(scored: pd.DataFrame, known: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Rows and anomalies of each known class in a scored table; the others count as one."""
+    names = scored["condition"].astype(object)
+    grouped = scored["is_anomaly"].groupby(names.where(names.isin(known), UNKNOWN_CLASS)).agg(["size", "sum"])
+    return {str(name): (int(n), int(flagged)) for name, n, flagged in grouped.itertuples()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ except ImportError as error:
     raise MissingDependencyError("jobs and the command line need pydantic: pip install pydantic") from error
 
 Value = bool | int | float | str
+EXPERIMENT = "anomaly_cvae"
 
 
 class CsvConfig(BaseModel):
@@ -64,7 +66,7 @@ class TrainConfig(TableConfig):
     detector: dict[str, Any] = Field(default_factory=dict, description="further parameters of CVAEDetector")
     random_state: int = Field(0, ge=0, description="seed of the split and of the training")
     tracking: bool = Field(True, description="log an MLflow run")
-    experiment: str = Field("anomaly_cvae", description="MLflow experiment")
+    experiment: str | None = Field(None, description="MLflow experiment")
     register_as: str | None = Field(None, alias="register", description="registered model to add a version to")
     log_rows: bool = Field(True, description="let cells of rows into MLflow")
     tags: dict[str, str] = Field(default_factory=dict, description="of the run")
@@ -75,6 +77,11 @@ class TrainConfig(TableConfig):
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, (str, Path)) else value
+
+    @property
+    def experiment_name(self) -> str:
+        """The MLflow experiment: as given, or as MLFLOW_EXPERIMENT_NAME says."""
+        return self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
     @property
     def folder(self) -> Path:
@@ -98,7 +105,7 @@ class TrainConfig(TableConfig):
             "likelihoods": "likelihoods",
             "random_state": "random_state",
         }
-        known = set(CVAEDetector().get_params())
+        known = set(CVAEDetector().get_params()) - set(own)
         for name in self.detector:
             if name in own:
                 raise ParameterError(f"detector.{name}: write it as {own[name]!r}, one level up")
@@ -141,10 +148,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ParameterError(f"{path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParameterError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ParameterError(f"{path}: {error.strerror.lower() if error.strerror else error}") from error
+    except UnicodeDecodeError as error:
+        raise ParameterError(f"{path} is no text in UTF-8; save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ParameterError(f"{path}{where} is not readable as YAML: {what}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae.batch.source import read_table
+from anomaly_cvae import bundle
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError, TrackingError
 from anomaly_cvae.jobs.config import TableConfig
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows
 from anomaly_cvae.jobs.models import OpenModel
-from anomaly_cvae.jobs.tables import csv_format, model_columns, read_config_labels
+from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for
 from anomaly_cvae.labels import Labels
 from anomaly_cvae.metrics import Evaluation
 
@@ -84,7 +84,7 @@ def evaluate_model(model: OpenModel, config: TableConfig, *, log: bool = True, l
     """
     if config.label is None:
         raise DataError("evaluate needs to know which rows are anomalies: give the label's column (--label)")
-    frame = read_table(config.data, csv_format(config))
+    frame = read_for(model.detector, config)
     evaluated = evaluate_rows(model.detector, frame, read_config_labels(frame, config))
     if not log:
         return evaluated
@@ -100,6 +100,7 @@ def _log(model: OpenModel, config: TableConfig, frame: pd.DataFrame, evaluated: 
     from anomaly_cvae.jobs.runs import child_run
 
     source = ", ".join(config.data)
+    log_rows = log_rows and bundle.provenance(model.folder).get("log_rows") != "no"
     extras = tracking.Extras(
         seconds={"evaluate": evaluated.seconds},
         datasets=[tracking.DataSet(frame, source, "evaluation", config.label)],

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import Needs
-from anomaly_cvae.batch.source import CsvFormat, find_files
+from anomaly_cvae.batch.source import find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import can_contrast

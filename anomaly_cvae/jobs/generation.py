@@ -12,7 +12,7 @@ from anomaly_cvae.jobs.models import OpenModel
 
 
 def generate_rows(model: OpenModel, n: int, condition: Sequence[str] | None, random_state: int) -> pd.DataFrame:
-    """Draw ``n`` rows, of one class if its values are given (as text, as a command line has them).
+    """Draw ``n`` rows, of one class if its values are given, as text: in the model's order, or as NAME=VALUE.
 
     Raises
     ------
@@ -22,17 +22,28 @@ def generate_rows(model: OpenModel, n: int, condition: Sequence[str] | None, ran
     detector, conditions = model.detector, model.detector.schema_.conditions
     values: tuple[Level, ...] | None = None
     if condition is not None:
+        condition = _in_order(condition, [str(c.name) for c in conditions])
         if len(condition) != len(conditions):
             names = [str(c.name) for c in conditions]
-            raise ConditionError(f"this model has {len(names)} condition(s), {names}; {len(condition)} value(s) came")
+            raise ConditionError(
+                f"this model has {len(names)} condition(s), {', '.join(names)}, in this order; {len(condition)} value(s) came "
+                "(--condition VALUE, or NAME=VALUE, once for each)"
+            )
         values = tuple(
             _number(text, str(c.name)) if c.kind == "continuous" else _level(text, c.levels, str(c.name))
             for text, c in zip(condition, conditions, strict=True)
         )
+    elif detector.schema_.continuous_conditions:
+        raise ConditionError(f"say for which {', '.join(str(c.name) for c in conditions)} (--condition)")
     drawn = detector.sample(n, condition=values, random_state=random_state)
     if isinstance(drawn, pd.DataFrame):
         return drawn
     return pd.DataFrame(drawn, columns=[c for c in detector.layout_.columns if c not in detector.layout_.ignored])
+
+
+def _in_order(given: Sequence[str], names: list[str]) -> Sequence[str]:
+    named = {name: text.removeprefix(f"{name}=") for text in given for name in names if text.startswith(f"{name}=")}
+    return [named[name] for name in names] if len(named) == len(names) == len(given) else given
 
 
 def _level(text: str, levels: Sequence[Level], name: str) -> Level:

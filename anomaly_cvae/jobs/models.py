@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anomaly_cvae import bundle
 from anomaly_cvae.detector import CVAEDetector
+from anomaly_cvae.errors import BundleError
 from anomaly_cvae.tracking import fetch_bundle
 from anomaly_cvae.tracking.models import is_uri
 
@@ -30,8 +31,8 @@ class OpenModel:
         return not is_uri(self.name)
 
 
-def open_model(name: str, *, device: str = "auto", unseen_class: str | None = None) -> OpenModel:
-    """Load a model; ``unseen_class`` replaces its policy for rows of a class that training did not see.
+def open_model(name: str, *, device: str = "auto", **policies: str) -> OpenModel:
+    """Load a model; ``unseen_class`` and ``missing_condition``, where given, replace its policies.
 
     Raises
     ------
@@ -42,11 +43,11 @@ def open_model(name: str, *, device: str = "auto", unseen_class: str | None = No
         fetched = fetch_bundle(name)
         folder, run_id = fetched.folder, fetched.run_id
     else:
-        folder = Path(name)
-        run_id = None
+        folder, run_id = Path(name), None
+        if not folder.is_dir():
+            raise BundleError(f"{name}: no such folder; MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
     detector = CVAEDetector.load(folder, device=device)
-    if unseen_class is not None:
-        detector.set_params(unseen_class=unseen_class)
+    detector.set_params(**policies)
     return OpenModel(
         name, folder, detector, bundle.model_hash(folder), run_id or bundle.provenance(folder).get("run_id")
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from anomaly_cvae import bundle
 from anomaly_cvae.batch import ScoreOptions, Summary, score_files
 from anomaly_cvae.batch.local import Progress
 from anomaly_cvae.errors import TrackingError
@@ -31,6 +32,7 @@ def score_tables(
     options: ScoreOptions | None = None,
     *,
     log: bool = True,
+    log_rows: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Scored:
     """`score_files` with a saved model, logged below the model's run; a tracking fault is noted, not raised.
@@ -46,12 +48,12 @@ def score_tables(
     if not log:
         return Scored(summary)
     try:
-        return Scored(summary, _log(model, inputs, output, summary))
+        return Scored(summary, _log(model, inputs, output, summary, log_rows))
     except TrackingError as error:
         return Scored(summary, tracking_error=str(error))
 
 
-def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: Summary) -> str:
+def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: Summary, log_rows: bool) -> str:
     from anomaly_cvae import tracking
 
     parameters = {
@@ -61,8 +63,14 @@ def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: S
         "output": str(output),
     }
     classes = summary.classes
+    # What is wrong with a file may quote a cell of it.
+    log_rows = log_rows and bundle.provenance(model.folder).get("log_rows") != "no"
+    errors = [f.error if log_rows or not f.error else "(not logged)" for f in summary.files]
     files = pd.DataFrame(
-        [(str(f.path), f.status, f.rows, f.anomalies, f.seconds, f.error) for f in summary.files],
+        [
+            (str(f.path), f.status, f.rows, f.anomalies, f.seconds, e)
+            for f, e in zip(summary.files, errors, strict=True)
+        ],
         columns=["file", "status", "rows", "anomalies", "seconds", "error"],
     )
     status = {name: int((files["status"] == name).sum()) for name in ("scored", "unchanged", "failed")}
@@ -80,6 +88,7 @@ def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: S
         tracking.log_tables({"files": files, "classes": classes.reset_index()})
         lines = [f"{count} files {name}" for name, count in status.items() if count]
         said = [f"{', '.join(lines)}; {summary.rows:,} rows in {summary.seconds:.1f} s.", "", f"Model: `{model.name}`"]
-        said += [f"- **failed**: `{f.path.name}`: {f.error}" for f in summary.failed]
+        failed = files[files["status"] == "failed"]
+        said += [f"- **failed**: `{f.file}`: {f.error}" for f in failed.itertuples()]
         tracking.describe("\n".join(said))
     return run_id

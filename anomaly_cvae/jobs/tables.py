@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import Needs
-from anomaly_cvae.batch.source import CsvFormat
+from anomaly_cvae.batch.source import read_table
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.inputs import nearest
@@ -18,7 +19,7 @@ def csv_format(config: TableConfig) -> CsvFormat:
     return CsvFormat(**config.csv.model_dump())
 
 
-def read_config_labels(frame: pd.DataFrame, config: TableConfig) -> Labels:
+def read_config_labels(frame: pd.DataFrame, config: TableConfig, *, strict: bool = True) -> Labels:
     """The labels of a table.
 
     Raises
@@ -28,7 +29,19 @@ def read_config_labels(frame: pd.DataFrame, config: TableConfig) -> Labels:
     """
     assert config.label is not None
     require(frame, [config.label], "label")
-    return read_labels(frame[config.label], config.label, config.anomaly, config.normal)
+    return read_labels(frame[config.label], config.label, config.anomaly, config.normal, strict=strict)
+
+
+def read_for(detector: CVAEDetector, config: TableConfig) -> pd.DataFrame:
+    """A table for a model that is there: its columns mean what they did in training, whatever they look like here.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read.
+    """
+    needs = Needs.of(detector)
+    return read_table(config.data, csv_format(config), text=needs.text, numbers=needs.numbers)
 
 
 def require(frame: pd.DataFrame, names: list[str], role: str) -> None:

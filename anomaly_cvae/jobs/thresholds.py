@@ -8,12 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from anomaly_cvae import bundle
-from anomaly_cvae.batch.source import read_table
 from anomaly_cvae.errors import DataError, ParameterError, TrackingError
 from anomaly_cvae.jobs.config import TableConfig
 from anomaly_cvae.jobs.models import OpenModel
 from anomaly_cvae.jobs.runs import child_run
-from anomaly_cvae.jobs.tables import csv_format, model_columns, read_config_labels
+from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,14 @@ def recalibrate_model(
         raise ParameterError("recalibrate needs fresh normals (DATA), a rate (--false-alarm-rate), or both")
     if output is None and not model.is_local:
         raise ParameterError(f"{model.name} is not a folder: say where to save the recalibrated model (--output)")
+    bundle.check_target(output if output is not None else model.folder)
     detector, before = model.detector, model.detector.thresholds_
+    normals: pd.DataFrame | None = None
     if config is None:
         detector.recalibrate(false_alarm_rate=false_alarm_rate)
     else:
-        detector.recalibrate(_normals(model, config), false_alarm_rate=false_alarm_rate)
+        normals = _normals(model, config)
+        detector.recalibrate(normals, false_alarm_rate=false_alarm_rate)
     folder = Path(output) if output is not None else model.folder
     notes = bundle.provenance(model.folder)
     detector.save(folder)
@@ -68,29 +70,37 @@ def recalibrate_model(
     if not log:
         return done
     try:
-        return _log(model, config, done, register_as)
+        return _log(model, config, done, normals, register_as)
     except TrackingError as error:
         return replace(done, tracking_error=str(error))
 
 
 def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
-    frame = read_table(config.data, csv_format(config))
+    frame = read_for(model.detector, config)
     rows = model_columns(model.detector, frame)
     if config.label is None:
         return rows
-    labels = read_config_labels(frame, config)
+    labels = read_config_labels(frame, config, strict=False)
     normals = rows[(labels.is_known & ~labels.is_anomaly)]
     if not len(normals):
         raise DataError(f"no row is labelled normal ({labels.rule})")
     return normals
 
 
-def _log(model: OpenModel, config: TableConfig | None, done: Recalibrated, register_as: str | None) -> Recalibrated:
+def _log(
+    model: OpenModel,
+    config: TableConfig | None,
+    done: Recalibrated,
+    normals: pd.DataFrame | None,
+    register_as: str | None,
+) -> Recalibrated:
     from anomaly_cvae import tracking
 
     source = ", ".join(config.data) if config else "the stored reference scores"
     parameters = {"model": model.name, "model_sha256_before": model.sha256, "data": source}
     with child_run(model, "recalibrate", "recalibrate", parameters) as run_id:
-        logged = tracking.log_detector(model.detector, saved=done.folder, register_as=register_as)
-    bundle.annotate(done.folder, {"run_id": run_id, "tracking_uri": tracking.use_store()})
+        datasets = [] if normals is None else [tracking.DataSet(normals, source, "calibration")]
+        extras = tracking.Extras(datasets=datasets)
+        logged = tracking.log_detector(model.detector, None, extras, saved=done.folder, register_as=register_as)
+        bundle.annotate(done.folder, {"run_id": run_id, "tracking_uri": tracking.use_store()})
     return replace(done, run_id=run_id, model_uri=logged.uri, version=logged.version)

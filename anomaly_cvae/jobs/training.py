@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from anomaly_cvae import bundle
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
-from anomaly_cvae.errors import DataError, TrackingError
+from anomaly_cvae.errors import ConditionError, DataError, TrackingError
 from anomaly_cvae.fitting import now, who
 from anomaly_cvae.frames import IntArray
 from anomaly_cvae.jobs.config import TrainConfig
@@ -25,6 +26,7 @@ from anomaly_cvae.jobs.explanation import Explanation, explain_rows
 from anomaly_cvae.jobs.tables import csv_format, read_config_labels, require
 from anomaly_cvae.labels import ANOMALY, LEFT_OUT, NORMAL, UNKNOWN, Labels
 from anomaly_cvae.schema import Schema
+from anomaly_cvae.scoring import resolve_device
 
 MOST_ROWS_WITHOUT_LABELS = 50_000
 """Training rows that are scored to find the most surprising ones, where no label says what to evaluate."""
@@ -97,6 +99,8 @@ def prepare(config: TrainConfig) -> Plan:
     if not config.data:
         raise DataError("there is no data to train on: name a file, a folder or a pattern")
     parameters = config.detector_parameters()
+    bundle.check_target(config.folder)
+    resolve_device(parameters.get("device", "auto"), torch.float32)
     frame = read_table(config.data, csv_format(config))
     _require_named(frame, config)
     if not len(frame):
@@ -112,6 +116,7 @@ def prepare(config: TrainConfig) -> Plan:
         **parameters,
     )
     schema = detector.infer_schema(frame.iloc[training])
+    _check_test_rows(schema, test_frame, test)
     notes += _format_notes(config)
     return Plan(
         config, detector, frame, schema, training, test_frame, test, test_labels, notes, time.perf_counter() - started
@@ -143,6 +148,25 @@ def _read_test(config: TrainConfig) -> tuple[pd.DataFrame, Labels]:
     return frame, read_config_labels(frame, config)
 
 
+def _check_test_rows(schema: Schema, frame: pd.DataFrame, rows: IntArray) -> None:
+    """What would end the evaluation is found before the training.
+
+    Raises
+    ------
+    DataError
+        If the rows lack a column, or a condition.
+    """
+    names = [*schema.names, *(condition.name for condition in schema.conditions)]
+    require(frame, list(map(str, names)), "test_data")
+    for condition in schema.conditions:
+        missing = rows[frame[condition.name].isna().to_numpy()[rows]]
+        if missing.size:
+            raise ConditionError(
+                f"condition {condition.name!r} is missing in row {missing[0]} of the rows to evaluate on "
+                f"({missing.size:,} in all); fill it, or take these rows away"
+            )
+
+
 def _split(
     config: TrainConfig, n_rows: int, labels: Labels | None, test_labels: Labels | None
 ) -> tuple[IntArray, IntArray, list[str]]:
@@ -158,7 +182,10 @@ def _split(
     unknown = np.flatnonzero(labels.status == UNKNOWN)
     training = np.sort(np.concatenate([candidates[n_test:], unknown]))
     if not len(training):
-        raise DataError(f"no row is left to learn from: {labels.rule}, and all {n_rows:,} rows are anomalies")
+        raise DataError(
+            f"no row is left to learn from: {labels.rule}; of {n_rows:,} rows {labels.count(ANOMALY):,} are anomalies "
+            f"and {labels.count(LEFT_OUT):,} are left out"
+        )
     if config.test_data:
         assert test_labels is not None
         test = np.flatnonzero(test_labels.is_known)
@@ -194,9 +221,9 @@ def _format_notes(config: TrainConfig) -> list[str]:
 
 
 def train(plan: Plan, *, verbose: int = 0, on_stage: Callable[[str], None] = lambda stage: None) -> Trained:
-    """Fit, evaluate, save and log.
+    """Fit, save, evaluate and log.
 
-    The model is saved before anything is logged; a tracking fault is noted in the result, not raised.
+    The model is saved as soon as it is there; a tracking fault is noted in the result, not raised.
 
     Raises
     ------
@@ -213,15 +240,15 @@ def train(plan: Plan, *, verbose: int = 0, on_stage: Callable[[str], None] = lam
         detector = plan.detector.set_params(verbose=verbose).fit(plan.training_rows)
         detector.set_params(verbose=0)
         seconds["fit"] = time.perf_counter() - started
-        on_stage("evaluate")
-        started = time.perf_counter()
-        evaluated, explanation = _evaluate(plan, detector)
-        seconds["evaluate"] = time.perf_counter() - started
         on_stage("save")
         started = time.perf_counter()
         detector.save(config.folder)
         bundle.annotate(config.folder, _provenance(plan))
         seconds["save"] = time.perf_counter() - started
+        on_stage("evaluate")
+        started = time.perf_counter()
+        evaluated, explanation = _evaluate(plan, detector)
+        seconds["evaluate"] = time.perf_counter() - started
     except BaseException:
         if tracked is not None:
             tracked.abandon()
@@ -257,7 +284,8 @@ def _provenance(plan: Plan) -> dict[str, str]:
         "data": ", ".join(plan.config.data),
         "data_sha256": digest(plan.config.data),
         "training_rows": str(len(plan.training)),
-        "experiment": plan.config.experiment,
+        "experiment": plan.config.experiment_name,
+        "log_rows": "yes" if plan.config.log_rows else "no",
     }
 
 
@@ -285,7 +313,7 @@ class _Tracking:
 
         try:
             with tracking.faults_named():
-                tracking.use_store(self.config.experiment)
+                tracking.use_store(self.config.experiment_name)
                 self.run_id = tracking.open_run(self.config.name, {"job": "train", **self.config.tags})
         except BaseException as error:
             self.error = error
@@ -309,7 +337,7 @@ class _Tracking:
         started = time.perf_counter()
         self.thread.join()
         if self.error is not None:
-            raise self.error
+            raise TrackingError(str(self.error)) from self.error
         assert self.run_id is not None
         with tracking.faults_named(), tracking.resume_run(self.run_id):
             logged = tracking.log_detector(
@@ -319,8 +347,7 @@ class _Tracking:
                 saved=trained.folder,
                 register_as=self.config.register_as,
             )
-            uri = tracking.use_store()
-        bundle.annotate(trained.folder, {"run_id": self.run_id, "tracking_uri": uri})
+            bundle.annotate(trained.folder, {"run_id": self.run_id, "tracking_uri": tracking.use_store()})
         seconds = {**trained.seconds, "log": time.perf_counter() - started}
         return replace(trained, run_id=self.run_id, model_uri=logged.uri, version=logged.version, seconds=seconds)
 

@@ -31,8 +31,11 @@ class ScoringModel(PythonModel):
         detector = copy.copy(self.detector).set_params(**asked)
         if rate is not None and rate != detector.model_.calibration.false_alarm_rate:
             detector.recalibrate(false_alarm_rate=rate)
-        features = [name for name in detector.layout_.columns if name not in detector.layout_.ignored]
-        scored: pd.DataFrame = detector.score_table(model_input[features], **more)
+        layout = detector.layout_
+        if layout.is_frame:
+            features = [name for name in layout.columns if name not in layout.ignored]
+            model_input = model_input[list(map(str, features))].set_axis(features, axis=1)
+        scored: pd.DataFrame = detector.score_table(model_input, **more)
         return scored
 
 

@@ -9,6 +9,7 @@ from anomaly_cvae.errors import BundleError, TrackingError
 from anomaly_cvae.tracking.store import faults_named, mlflow, use_store
 
 SCHEMES = ("runs:/", "models:/")
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def fetch_bundle(uri: str) -> Fetched:
         try:
             folder = Path(client.artifacts.download_artifacts(uri))
             described = client.models.Model.load(str(folder))
-        except (client.exceptions.MlflowException, OSError) as error:
+        except client.exceptions.MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
             reason = str(error).strip().splitlines()[0]
             raise TrackingError(f"{uri}: no such model at {client.get_tracking_uri()}: {reason}") from error
     artifacts = (described.flavors.get("python_function") or {}).get("artifacts") or {}

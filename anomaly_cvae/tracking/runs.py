@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +78,11 @@ def log_detector(
     client, extras = mlflow(), extras or Extras()
     client.set_tags({"library": f"anomaly_cvae {version('anomaly_cvae')}", "python": platform.python_version()})
     client.set_tags({"device": str(detector.model_.engine.device), **extras.tags})
-    parameters = {**detector.get_params(deep=False), **extras.parameters}
+    calibration = detector.model_.calibration
+    assert calibration is not None
+    # The rate may have been changed since fit: what holds is what the thresholds were set by.
+    in_use = {"false_alarm_rate": calibration.false_alarm_rate, "contamination": calibration.contamination or "auto"}
+    parameters = {**detector.get_params(deep=False), **in_use, **extras.parameters}
     log_parameters(parameters)
     _log_history(detector)
     _log_thresholds(detector)
@@ -161,10 +167,9 @@ def summary(detector: CVAEDetector, evaluation: metrics.Evaluation | None, extra
         "| class | threshold | calibration rows | guarantee | false alarms on test rows |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {name} | {row.threshold:.2f} | {row.calibration_rows} | {row.guarantee} | {_realised(realised, name)} |"
-        for name, row in list(thresholds.iterrows())[:MAX_CLASSES_IN_SUMMARY]
-    ]
+    for name, row in list(thresholds.iterrows())[:MAX_CLASSES_IN_SUMMARY]:
+        cells = (_in_cell(name), f"{row.threshold:.2f}", row.calibration_rows, row.guarantee, _realised(realised, name))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     if len(thresholds) > MAX_CLASSES_IN_SUMMARY:
         lines.append(f"| … {len(thresholds) - MAX_CLASSES_IN_SUMMARY} more in tables/thresholds.json | | | | |")
     first = thresholds.iloc[0]
@@ -173,6 +178,10 @@ def summary(detector: CVAEDetector, evaluation: metrics.Evaluation | None, extra
         lines += ["", "What drives the alarms (share of the class's alarms that the column tops):", ""]
         lines += alarm_lines(extras.alarm_columns)
     return "\n".join(lines)
+
+
+def _in_cell(name: Any) -> str:
+    return str(name).replace("|", "\\|")
 
 
 def said_of(evaluation: metrics.Evaluation) -> str:
@@ -304,6 +313,8 @@ def signature(detector: CVAEDetector) -> Any:
 
     layout, calibration = detector.layout_, detector.model_.calibration
     assert calibration is not None
+    if not layout.is_frame:
+        return None  # an array has no names; what it may hold is checked by the detector
     names = [str(name) for name in layout.columns if name not in layout.ignored]
     types = {"condition": "string", "is_anomaly": "boolean"}
     outputs = ("condition", "negative_elbo", "score", "threshold", "p_value", "is_anomaly")
@@ -328,29 +339,30 @@ def example_rows(detector: CVAEDetector, n: int = 3) -> pd.DataFrame:
     if detector.schema_.continuous_conditions:
         return pd.DataFrame()
     rows = detector.sample(n, random_state=0)
-    return rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows, columns=list(detector.layout_.columns))
+    return rows.set_axis(list(map(str, rows.columns)), axis=1) if isinstance(rows, pd.DataFrame) else pd.DataFrame()
 
 
 def _log_model(detector: CVAEDetector, saved: Path | None, register_as: str | None) -> LoggedModel:
     client, example = mlflow(), example_rows(detector)
     with tempfile.TemporaryDirectory() as folder:
         saved = saved or detector.save(Path(folder) / "bundle")
-        info = client.pyfunc.log_model(
-            name="model",
-            python_model=str(MODEL_CODE),
-            artifacts={"bundle": str(saved)},
-            signature=signature(detector),
-            input_example=example if len(example) else None,
-            code_paths=[str(Path(__file__).parents[1])],
-            pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
-            registered_model_name=register_as,
-        )
+        with redirect_stderr(io.StringIO()):  # MLflow announces a registered model there
+            info = client.pyfunc.log_model(
+                name="model",
+                python_model=str(MODEL_CODE),
+                artifacts={"bundle": str(saved)},
+                signature=signature(detector),
+                input_example=example if len(example) else None,
+                code_paths=[str(Path(__file__).parents[1])],
+                pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
+                registered_model_name=register_as,
+            )
     registered = None if register_as is None else str(info.registered_model_version)
     return LoggedModel(str(info.model_uri), registered)
 
 
 def recent_runs(experiment: str | None, most: int = 20) -> pd.DataFrame:
-    """The latest runs, of one experiment or of all: when, what, how well, and the model's URI."""
+    """The latest runs, of one experiment or of all: when, what and how well."""
     client = mlflow()
     found = client.search_runs(
         experiment_names=None if experiment is None else [experiment],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -14,9 +15,18 @@ from typing import Any
 from anomaly_cvae.errors import MissingDependencyError, TrackingError
 
 FOLDER = Path("mlruns")
-LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A server that is down is reported within seconds, not minutes; the user's own settings win."""
-_REFUSED = re.compile(r"[^\w\-. :/]")
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that is down is reported within seconds, not minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # Standard output belongs to the command's result.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Set unless the user's environment says otherwise."""
+MAX_METRIC_NAME = 240
+# What MLflow refuses or reads as a path; and "_" where it would look like the code of such a character.
+_REFUSED = re.compile(r"[^\w\-. :]|_(?=[0-9a-f]{2})|^\.+$|^ | $")
 
 
 def mlflow() -> Any:
@@ -27,8 +37,7 @@ def mlflow() -> Any:
     MissingDependencyError
         Where it is not installed.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name, value in LIMITS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import mlflow
@@ -56,7 +65,8 @@ def use_store(experiment: str | None = None, folder: Path = FOLDER) -> str:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         # MLflow 3 refuses a plain ./mlruns file store.
-        client.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+        # The whole path: MLflow keeps one store per URI, whatever the current folder has become.
+        client.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     if experiment is not None:
         _use_experiment(client, experiment, None if own else folder)
     return str(client.get_tracking_uri())
@@ -82,7 +92,7 @@ def _use_experiment(client: Any, name: str, folder: Path | None) -> None:
 def start_run(name: str, tags: Mapping[str, str] | None = None, *, parent: str | None = None) -> Iterator[str]:
     """A run of the current experiment, below the run ``parent`` if one is named; yields its id."""
     below = {"mlflow.parentRunId": parent} if parent else {}
-    with mlflow().start_run(run_name=name, tags={**dict(tags or {}), **below}) as run:
+    with mlflow().start_run(run_name=name, tags={**dict(tags or {}), **below}, nested=True) as run:
         yield str(run.info.run_id)
 
 
@@ -102,10 +112,14 @@ def faults_named() -> Iterator[None]:
 
 
 def metric_name(name: str, class_name: str | None = None) -> str:
-    """``name/class``, with characters that MLflow refuses written as ``_`` and their code point in hex."""
+    """``name/class``; what MLflow refuses in a metric's name is written as ``_`` and its code point in hex."""
     if class_name is None:
         return name
-    return f"{name}/{_REFUSED.sub(lambda match: f'_{ord(match.group()):x}', class_name)}"
+    escaped = _REFUSED.sub(lambda match: "".join(f"_{ord(c):x}" for c in match.group()), class_name) or "_"
+    full = f"{name}/{escaped}"
+    if len(full) <= MAX_METRIC_NAME:
+        return full
+    return f"{full[: MAX_METRIC_NAME - 9]}_{hashlib.sha256(class_name.encode()).hexdigest()[:8]}"
 
 
 def open_run(name: str, tags: Mapping[str, str]) -> str:
@@ -119,7 +133,7 @@ def open_run(name: str, tags: Mapping[str, str]) -> str:
 @contextmanager
 def resume_run(run_id: str) -> Iterator[None]:
     """An open run as the active one; it ends with the block."""
-    with mlflow().start_run(run_id=run_id):
+    with mlflow().start_run(run_id=run_id, nested=True):
         yield
 
 
