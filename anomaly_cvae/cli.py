@@ -432,18 +432,18 @@ def _pairs(given: list[str] | None, flag: str, *, parse: bool = False) -> dict[s
         name, equals, value = pair.partition("=") if parse else pair.rpartition("=")
         if not equals or not name:
             raise ParameterError(f"{flag} takes NAME=VALUE, not {pair!r}")
-        pairs[name] = _parsed(value) if parse else value
+        pairs[name] = _parsed(name, value) if parse else value
     return pairs
 
 
-def _parsed(text: str) -> Any:
+def _parsed(name: str, text: str) -> Any:
     """A value as YAML reads it: 3, 0.5, true, [128, 128], text."""
     import yaml
 
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ParameterError(f"--set: {text!r} is no value (3, 0.5, true, [128, 128], text)") from error
+        raise ParameterError(f"--set {name}: {text!r} is no value (3, 0.5, true, [128, 128], text)") from error
 
 
 def main() -> None:

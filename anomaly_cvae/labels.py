@@ -94,7 +94,7 @@ def read_labels(
         both = np.flatnonzero(is_anomaly & is_normal)
         if both.size:
             raise DataError(
-                f"label {name!r} is {canonical_level(cells.iloc[both[0]])!r} in row {both[0]}: both normal and an anomaly"
+                f"label {name!r} is {canonical_level(cells.iloc[both[0]])!r} in row {both[0]}: both normal and anomaly"
             )
     rule += _absent(cells, name, anomaly) + _absent(cells, name, normal)
     status = np.select([missing, is_anomaly, is_normal], [UNKNOWN, ANOMALY, NORMAL], LEFT_OUT).astype(np.int8)

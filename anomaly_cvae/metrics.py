@@ -16,6 +16,7 @@ from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 OVERALL = "overall"
 MACRO = "macro"
 SEEN = "classes seen in training"
+CLASS = " (class)"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,13 @@ def ranking_table(is_anomaly: BoolArray, scores: FloatArray, classes: npt.NDArra
 def line_of(class_name: Any) -> str:
     """The line of a class in these tables: its name, unless a line about all rows has it."""
     name = str(class_name)
-    return f"{name} (class)" if name in (OVERALL, MACRO, SEEN) else name
+    return f"{name}{CLASS}" if name in (OVERALL, MACRO, SEEN) else name
+
+
+def class_of(line: str) -> str:
+    """Inverse of `line_of`."""
+    name = line.removesuffix(CLASS)
+    return name if name in (OVERALL, MACRO, SEEN) else line
 
 
 def _ranking(is_anomaly: BoolArray, scores: FloatArray) -> dict[str, float]:

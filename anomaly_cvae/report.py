@@ -355,11 +355,22 @@ class Report:
         self.result["rows"] = _records(rows)
         if not shown:
             return
-        table = _table(numbers=[_plain_text(str(name)) for name in rows.columns])
-        for values in rows.head(MOST_DRAWN).itertuples(index=False):
-            table.add_row(*map(_cell, values))
-        more = f", the first {MOST_DRAWN} shown" if len(rows) > MOST_DRAWN else ""
-        self._show(f"{len(rows)} rows from the model{more}", table)
+        names = [str(name) for name in rows.columns]
+        cells = [[_cell(value) for value in row] for row in rows.head(MOST_DRAWN).itertuples(index=False)]
+        widths = [max(map(len, column)) + 1 for column in zip(names, *cells, strict=True)]
+        if sum(widths) <= self.shown.width:
+            table = _table(numbers=[_plain_text(name) for name in names])
+            for row in cells:
+                table.add_row(*row)
+        else:  # a column a line: names are what is long
+            widest = max((len(cell) for row in cells for cell in row), default=1) + 1
+            cells = cells[: max((self.shown.width - max(map(len, names))) // widest, 1)]
+            table = _table("column", numbers=[str(i + 1) for i in range(len(cells))])
+            for i, name in enumerate(names):
+                table.add_row(_plain_text(name), *(row[i] for row in cells))
+        self._show(f"{len(rows)} rows from the model", table)
+        if len(cells) < len(rows):
+            self.shown.print(f"… and {len(rows) - len(cells)} more; --output writes all of them\n")
 
     def recalibrated(self, done: Recalibrated) -> None:
         """Old and new thresholds."""
@@ -385,13 +396,17 @@ class Report:
         if not len(runs):
             self.shown.print(f"no runs yet at {uri}: `anomaly-cvae train` makes the first")
             return
-        table = _table("started", "job", "run", numbers=("AUROC", "AP", "false\nalarms"))
+        table = _table(numbers=())
+        table.add_column("run", min_width=len("runs:/") + 32, overflow="fold")
+        table.add_column("job")
+        for header in ("AUROC", "AP", "false\nalarms"):
+            table.add_column(header, justify="right")
         for run in runs.to_dict(orient="records"):
             state = "" if run["status"] == "FINISHED" else f" ({str(run['status']).lower()})"
             table.add_row(
-                f"{run['started']:%Y-%m-%d %H:%M}", str(run["job"] or ""),
-                f"{_plain_text(str(run['name']))}{state}\n[dim]runs:/{run['run']}[/dim]",
-                _share(run["roc_auc"]), _share(run["average_precision"]), _percent(run["false_alarm_rate"], 1),
+                f"{run['started']:%Y-%m-%d %H:%M} {_plain_text(str(run['name']))}{state}\nruns:/{run['run']}",
+                str(run["job"] or ""), _share(run["roc_auc"]), _share(run["average_precision"]),
+                _percent(run["false_alarm_rate"], 1),
             )  # fmt: skip
         self._show(f"runs at {_plain_text(uri)}", table)
 

@@ -282,7 +282,7 @@ def observed_classes(cells: Sequence[LevelCells], names: Sequence[Name] = ()) ->
     combinations = pd.MultiIndex.from_arrays([c.codes for c in cells]).unique()
     if len(combinations) > MAX_CLASSES:
         raise ConditionError(
-            f"the condition {', '.join(map(str, names))} has {len(combinations):,} classes, more than "
+            f"the condition {', '.join(map(repr, names))} has {len(combinations):,} classes, more than "
             f"{MAX_CLASSES:,}: it looks like an identifier; "
             "group its rare values, name a coarser column, or ignore it"
         )

@@ -233,7 +233,10 @@ def test_all_columns_are_kept_in_the_order_of_the_file(detector, folder, out, na
     table = rows(10).assign(note="n")
     file = only(score(detector, write(table, folder / name), out, keep_all=True))
     assert list(scored(file).columns) == [*table.columns, *SCORED]
-    assert_scores(scored(file)[["id", "note", "kind", "x", "n"]], table[["id", "note", "kind", "x", "n"]])
+    kept = scored(file)[["id", "note", "kind", "x", "n"]]
+    if name.endswith(".csv"):  # kept cells of CSV files are text, as they stand
+        kept = kept.astype({"id": table["id"].dtype, "x": float, "n": int})
+    assert_scores(kept, table[["id", "note", "kind", "x", "n"]])
 
 
 def test_all_columns_are_kept_of_a_csv_with_the_nameless_index_that_pandas_writes(detector, folder, out):
@@ -288,7 +291,7 @@ def test_kept_cells_of_csv_have_one_type_in_every_batch(detector, folder, out):
     table = rows(3000).assign(id=[*["1"] * 1500, *["one"] * 1500])
     file = only(score(detector, write(wide(table), folder / "a.csv"), out, keep_all=True))
     assert scored(file)["id"].tolist() == table["id"].tolist()
-    assert scored(file)["n"].tolist() == table["n"].tolist()
+    assert scored(file)["n"].tolist() == table["n"].astype(str).tolist()
 
 
 def test_kept_true_and_false_of_csv_may_be_missing_deep_in_the_file(folder, out):
@@ -297,7 +300,7 @@ def test_kept_true_and_false_of_csv_may_be_missing_deep_in_the_file(folder, out)
     table["ok"] = table["ok"].astype(object)
     table.loc[2000, "ok"] = None
     file = only(score(detector, write(wide(table), folder / "a.csv"), out, keep_all=True))
-    assert scored(file)["ok"].isna().sum() == 1
+    assert (scored(file)["ok"] == "").sum() == 1
 
 
 MIDNIGHT = datetime.datetime(2024, 1, 1)
@@ -542,7 +545,7 @@ def test_second_job_on_the_same_output_is_refused_while_the_first_holds_it(detec
     refused = []
 
     def second_job(_: object) -> None:
-        with pytest.raises(DataError, match="another job") as caught:
+        with pytest.raises(OutputError, match="another job") as caught:
             score(detector, folder, out)
         refused.append(str(caught.value))
 

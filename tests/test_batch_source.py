@@ -99,7 +99,7 @@ def test_pattern_passes_over_other_kinds(tree):
 
 
 def test_pattern_passes_over_the_hidden_files_that_a_folder_passes_over(tree):
-    assert found(str(tree / "*")) == ["a.parquet", "b.csv", "e.TSV"]
+    assert found(str(tree / "*")) == found(str(tree))
 
 
 def test_pattern_keeps_the_folders_that_it_left_open(tree):
@@ -358,13 +358,6 @@ def test_tables_without_rows_have_their_columns(tmp_path, numbers, new):
         assert all(list(part.frame.columns) == ["n", "x"] and not len(part.frame) for part in parts)
 
 
-def test_number_of_rows_is_known_for_parquet_only(tmp_path, numbers):
-    numbers.to_parquet(tmp_path / "a.parquet")
-    numbers.to_csv(tmp_path / "a.csv")
-    numbers.to_feather(tmp_path / "a.feather")
-    assert [file.n_rows() for file in find_files([tmp_path])] == [None, None, 25]
-
-
 def test_whole_numbers_stay_whole_where_cells_are_missing(tmp_path):
     pq.write_table(pa.table({"n": pa.array([1, None, 3])}), tmp_path / "a.parquet")
     (part,) = batches(tmp_path / "a.parquet", ["n"])
@@ -492,10 +485,9 @@ def test_refused_file_is_named_with_a_remedy_however_it_is_read(tmp_path, number
 def test_column_that_is_not_there_is_refused_by_name(tmp_path, numbers, name):
     path = tmp_path / name
     {"csv": numbers.to_csv, "parquet": numbers.to_parquet, "feather": numbers.to_feather}[name.split(".")[1]](path)
-    for call in (lambda: TableFile.of(path).read(["absent"]), lambda: batches(path, ["absent"])):
-        message = refusal(call)
-        assert str(path) in message
-        assert "absent" in message
+    message = refusal(lambda: batches(path, ["absent"]))
+    assert str(path) in message
+    assert "absent" in message
 
 
 def test_encoding_that_does_not_fit_or_exist_is_refused_with_the_file(tmp_path):
@@ -518,5 +510,5 @@ def test_file_that_vanished_is_refused_by_name(tmp_path):
     path = write(tmp_path / "a.csv", "x\n1\n")
     file = TableFile.of(path)
     path.unlink()
-    for call in (file.columns, file.read, lambda: list(file.batches(["x"], (), 10))):
+    for call in (file.columns, file.read_raw, lambda: list(file.batches(Wanted(["x"]), 10))):
         assert str(path) in refusal(call)

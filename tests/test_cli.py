@@ -126,7 +126,7 @@ WRONG: dict[str, tuple[int, list[str], str]] = {
     "a file as model": (3, ["generate", "table.csv"], "table.csv is not a model"),
     "a row that is not there": (3, ["explain", "mill", "table.csv", "--row", "999"], "no row 999"),
     "a class that is not there": (3, ["generate", "mill", "-c", "Z"], "it has H, L, M"),
-    "a suffix that says nothing": (3, ["generate", "mill", "-o", "rows.txt"], ".parquet, .csv, .json"),
+    "a suffix that says nothing": (2, ["generate", "mill", "-o", "rows.txt"], ".parquet, .csv, .json"),
     "a file as folder": (3, ["generate", "mill", "-o", "table.csv/rows.csv"], "table.csv/rows.csv: cannot be written"),
     "a file as output": (3, ["score", "mill", "table.csv", "-o", "table.csv", "--no-tracking"], "table.csv"),
 }
@@ -586,8 +586,9 @@ def test_generate_draws_rows_of_a_class(here: Path) -> None:
 
 def test_generate_says_how_many_rows_it_does_not_show(here: Path) -> None:
     said = done("generate", "mill", "-n", "60")
-    lines = sum(bool(re.match(r"\s*[LMH]\s+\d", line)) for line in said.splitlines())
-    assert lines == 60 or re.search(rf"\b{60 - lines}\b.* more", said)
+    header = next(line for line in said.splitlines() if line.startswith("column"))  # a column of the table a line
+    shown = int(header.split()[-1])
+    assert f"… and {60 - shown} more" in said
 
 
 def test_recalibrate_changes_the_thresholds_of_the_model_itself(here: Path) -> None:

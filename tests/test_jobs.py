@@ -513,7 +513,7 @@ def test_a_row_without_a_condition_does_not_cost_the_training(
 def test_the_stages_are_told_in_order(written, table: pd.DataFrame, tmp_path: Path) -> None:
     stages: list[str] = []
     train(prepare(config(written(table), output=str(tmp_path / "m"))), on_stage=stages.append)
-    assert stages == ["fit", "evaluate", "save"]
+    assert stages == ["fit", "save", "evaluate"]
 
 
 # ---------------------------------------------------------------------- explanation

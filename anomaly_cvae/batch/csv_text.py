@@ -167,7 +167,11 @@ def typed(cells: pd.Series, form: CsvFormat) -> pd.Series:
         if numbers is not None:
             whole = all(_WHOLE.fullmatch(_plain(level, form)) for level in levels)
             fits = whole and bool(np.nanmax(np.abs(numbers)) < 2**53)
-            return pd.Series(numbers, index=cells.index).astype("Int64") if fits else pd.Series(numbers, cells.index)
+            return (
+                pd.Series(numbers, index=cells.index).astype("Int64" if np.isnan(numbers).any() else "int64")
+                if fits
+                else pd.Series(numbers, cells.index)
+            )
     return text if len(levels) else pd.Series(np.nan, index=cells.index)
 
 

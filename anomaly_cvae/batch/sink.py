@@ -15,6 +15,8 @@ from anomaly_cvae.detector import UNKNOWN_CLASS
 from anomaly_cvae.errors import MissingDependencyError
 
 PARTIAL = ".partial"
+MISSING = "(missing)"
+"""Where rows without a condition are counted."""
 BYTES_PER_GROUP = 1 << 24
 """Of one row group, before compression."""
 SCORED_TYPES = {
@@ -129,5 +131,6 @@ def _pyarrow() -> tuple[Any, Any]:
 def counts_by_class(scored: pd.DataFrame, known: Collection[str]) -> dict[str, tuple[int, int]]:
     """Rows and anomalies of each known class in a scored table; the others count as one."""
     names = scored["condition"].astype(object)
-    grouped = scored["is_anomaly"].groupby(names.where(names.isin(known), UNKNOWN_CLASS)).agg(["size", "sum"])
+    names = names.where(names.isin(known), UNKNOWN_CLASS).where(names.notna(), MISSING)
+    grouped = scored["is_anomaly"].groupby(names).agg(["size", "sum"])
     return {str(name): (int(n), int(flagged)) for name, n, flagged in grouped.itertuples()}

@@ -94,7 +94,7 @@ class TableFile:
         """
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"{path}: no such file or folder")
+            raise DataError(f"{path}: no such file{'' if kind_of(path) else ' or folder'}")
         kind = kind_of(path)
         if kind is None:
             raise DataError(f"{path}: a table is a file in {', '.join(KINDS)}; convert it, or rename it")

@@ -151,7 +151,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ParameterError(f"{path}: {error.strerror.lower() if error.strerror else error}") from error
     except UnicodeDecodeError as error:
-        raise ParameterError(f"{path} is no text in UTF-8; save it as UTF-8") from error
+        raise ParameterError(f"{path} is not readable as YAML: it is no text in UTF-8; save it as UTF-8") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

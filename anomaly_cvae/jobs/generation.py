@@ -22,12 +22,12 @@ def generate_rows(model: OpenModel, n: int, condition: Sequence[str] | None, ran
     detector, conditions = model.detector, model.detector.schema_.conditions
     values: tuple[Level, ...] | None = None
     if condition is not None:
-        condition = _in_order(condition, [str(c.name) for c in conditions])
+        names = [str(c.name) for c in conditions]
+        condition = _in_order(condition, names)
         if len(condition) != len(conditions):
-            names = [str(c.name) for c in conditions]
             raise ConditionError(
-                f"this model has {len(names)} condition(s), {', '.join(names)}, in this order; {len(condition)} value(s) came "
-                "(--condition VALUE, or NAME=VALUE, once for each)"
+                f"this model has {len(names)} condition(s), {names}; {len(condition)} value(s) came "
+                "(--condition VALUE in this order, or NAME=VALUE, once for each)"
             )
         values = tuple(
             _number(text, str(c.name)) if c.kind == "continuous" else _level(text, c.levels, str(c.name))

@@ -44,6 +44,8 @@ def open_model(name: str, *, device: str = "auto", **policies: str) -> OpenModel
         folder, run_id = fetched.folder, fetched.run_id
     else:
         folder, run_id = Path(name), None
+        if folder.is_file():
+            raise BundleError(f"{name} is not a model: MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
         if not folder.is_dir():
             raise BundleError(f"{name}: no such folder; MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
     detector = CVAEDetector.load(folder, device=device)

@@ -182,10 +182,10 @@ def _split(
     unknown = np.flatnonzero(labels.status == UNKNOWN)
     training = np.sort(np.concatenate([candidates[n_test:], unknown]))
     if not len(training):
-        raise DataError(
-            f"no row is left to learn from: {labels.rule}; of {n_rows:,} rows {labels.count(ANOMALY):,} are anomalies "
-            f"and {labels.count(LEFT_OUT):,} are left out"
-        )
+        left_out = labels.count(LEFT_OUT)
+        why = f"{labels.count(ANOMALY):,} are anomalies and {left_out:,} are left out"
+        why = why if left_out else f"all {n_rows:,} rows are anomalies"
+        raise DataError(f"no row is left to learn from: {labels.rule}, and {why}")
     if config.test_data:
         assert test_labels is not None
         test = np.flatnonzero(test_labels.is_known)

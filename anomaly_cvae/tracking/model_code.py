@@ -34,7 +34,7 @@ class ScoringModel(PythonModel):
         layout = detector.layout_
         if layout.is_frame:
             features = [name for name in layout.columns if name not in layout.ignored]
-            model_input = model_input[list(map(str, features))].set_axis(features, axis=1)
+            model_input = model_input[features]
         scored: pd.DataFrame = detector.score_table(model_input, **more)
         return scored
 

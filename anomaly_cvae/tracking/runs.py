@@ -266,9 +266,8 @@ def log_evaluation(detector: CVAEDetector, evaluation: metrics.Evaluation) -> No
         (alarms, ("false_alarm_rate", "recall", "precision")),
     ):
         for column in columns:
-            for name, value in table[column].items():
-                label = None if name == metrics.OVERALL else str(name)
-                logged[metric_name(column, label)] = float(np.float64(value))
+            for line, value in table[column].items():
+                logged[_metric_of(column, str(line))] = float(np.float64(value))
     client.log_metrics({name: value for name, value in logged.items() if np.isfinite(value)})
     client.log_table(ranking.reset_index(), "tables/ranking.json")
     client.log_table(alarms.reset_index(), "tables/alarms.json")
@@ -279,6 +278,12 @@ def log_evaluation(detector: CVAEDetector, evaluation: metrics.Evaluation) -> No
     if np.isin(classes.astype(str), thresholds.index.astype(str)).any():
         histograms = plots.score_histograms(evaluation.scores, evaluation.is_anomaly, classes, thresholds)
         client.log_figure(histograms, "plots/scores_and_thresholds.png")
+
+
+def _metric_of(column: str, line: str) -> str:
+    """``roc_auc`` for all rows, ``roc_auc_macro``, ``roc_auc_seen``, and ``roc_auc/<class>``."""
+    about_all = {metrics.OVERALL: column, metrics.MACRO: f"{column}_macro", metrics.SEEN: f"{column}_seen"}
+    return about_all[line] if line in about_all else metric_name(column, metrics.class_of(line))
 
 
 def _log_curves(evaluation: metrics.Evaluation) -> None:
@@ -313,8 +318,8 @@ def signature(detector: CVAEDetector) -> Any:
 
     layout, calibration = detector.layout_, detector.model_.calibration
     assert calibration is not None
-    if not layout.is_frame:
-        return None  # an array has no names; what it may hold is checked by the detector
+    if not (layout.is_frame and all(isinstance(name, str) for name in layout.columns)):
+        return None  # MLflow goes by names that are text; the detector checks what comes
     names = [str(name) for name in layout.columns if name not in layout.ignored]
     types = {"condition": "string", "is_anomaly": "boolean"}
     outputs = ("condition", "negative_elbo", "score", "threshold", "p_value", "is_anomaly")
@@ -339,7 +344,7 @@ def example_rows(detector: CVAEDetector, n: int = 3) -> pd.DataFrame:
     if detector.schema_.continuous_conditions:
         return pd.DataFrame()
     rows = detector.sample(n, random_state=0)
-    return rows.set_axis(list(map(str, rows.columns)), axis=1) if isinstance(rows, pd.DataFrame) else pd.DataFrame()
+    return rows if isinstance(rows, pd.DataFrame) else pd.DataFrame()
 
 
 def _log_model(detector: CVAEDetector, saved: Path | None, register_as: str | None) -> LoggedModel:
@@ -347,12 +352,13 @@ def _log_model(detector: CVAEDetector, saved: Path | None, register_as: str | No
     with tempfile.TemporaryDirectory() as folder:
         saved = saved or detector.save(Path(folder) / "bundle")
         with redirect_stderr(io.StringIO()):  # MLflow announces a registered model there
+            described = signature(detector)
             info = client.pyfunc.log_model(
                 name="model",
                 python_model=str(MODEL_CODE),
                 artifacts={"bundle": str(saved)},
-                signature=signature(detector),
-                input_example=example if len(example) else None,
+                signature=described,
+                input_example=example if described is not None and len(example) else None,
                 code_paths=[str(Path(__file__).parents[1])],
                 pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
                 registered_model_name=register_as,
