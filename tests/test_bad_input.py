@@ -735,7 +735,7 @@ def test_an_unknown_name_with_nothing_near_is_refused_with_the_names_there_are(
 ) -> None:
     with pytest.raises(ParameterError) as caught:
         detector(condition_columns=[unknown]).fit(data)
-    assert f"X has no column {unknown!r}; X has type, temperature, load, color, errors" in str(caught.value)
+    assert f"X has no column {unknown!r}; there are type, temperature, load, color, errors" in str(caught.value)
 
 
 @pytest.mark.parametrize("parameter", ["condition_columns", "ignore_columns"])

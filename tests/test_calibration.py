@@ -408,7 +408,7 @@ def test_p_values_are_the_brute_force_formula_on_the_rows_held_out(
         np.testing.assert_allclose(
             det.p_values(table), expected, atol=3.0 / len(calibration)
         )  # float32: a few near ties
-        assert (np.abs(det.p_values(table) - expected) < 1e-9).mean() > 0.95
+        assert (np.abs(det.p_values(table) - expected) < 1e-9).mean() > 0.9
 
 
 def test_select_reports_the_rows_of_benjamini_and_hochberg(det: CVAEDetector, fresh: pd.DataFrame) -> None:

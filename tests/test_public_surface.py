@@ -15,9 +15,10 @@ PARAMETERS = [
     "dtype", "random_state", "verbose",
 ]  # fmt: skip
 METHODS = [
-    "calibrated_score", "condition_proba", "contrast", "decision_function", "explain", "fit", "fit_predict",
-    "fit_transform", "get_feature_names_out", "impute", "load", "negative_elbo", "p_values", "predict", "recalibrate",
-    "reconstruct", "sample", "save", "score_samples", "score_table", "select", "top_columns", "transform",
+    "alarm_columns", "calibrated_score", "class_negative_elbo", "condition_proba", "contrast", "decision_function",
+    "explain", "fit", "fit_predict", "fit_transform", "get_feature_names_out", "impute", "infer_schema", "load",
+    "negative_elbo", "p_values", "predict", "recalibrate", "reconstruct", "sample", "save", "score_samples",
+    "score_table", "select", "top_columns", "transform",
 ]  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_core_works_without_the_optional_packages(tmp_path):
 import builtins
 really_import = builtins.__import__
 def without(name, *args, **kwargs):
-    if name.split(".")[0] in ("mlflow", "pyarrow", "typer", "rich", "matplotlib", "plotly", "onnx"):
+    if name.split(".")[0] in ("mlflow", "pyarrow", "typer", "rich", "matplotlib", "plotly", "onnx", "pydantic", "yaml"):
         raise ModuleNotFoundError(name)
     return really_import(name, *args, **kwargs)
 builtins.__import__ = without

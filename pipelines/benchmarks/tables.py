@@ -36,7 +36,7 @@ from anomaly_cvae.jobs.training import Plan
 CONFIGS = Path(__file__).parents[1] / "configs"
 PARTS = Path("outputs/tables.json")
 REPORT = Path("docs/benchmarks/tables.md")
-SEEDS = (0, 1, 2)
+SEEDS = (10, 11, 12)
 LEAST_ROWS_OF_OWN_PEER = 50
 """A class with fewer training rows is judged by the detector of all rows, on the scale of all rows."""
 WAYS = ("no condition", "condition as column", "one per class")
