@@ -73,7 +73,7 @@ def interactive_roc_and_pr(
         from plotly.subplots import make_subplots
     except ImportError as error:
         raise MissingDependencyError("interactive figures need plotly: pip install plotly") from error
-    titles = (f"ROC, area {area[0]:.4f}", f"Precision-recall, average precision {area[1]:.4f}")
+    titles = (f"ROC, area {area[0]:.3f}", f"PR, average precision {area[1]:.3f}")
     drawn = make_subplots(rows=1, cols=2, subplot_titles=titles, horizontal_spacing=0.1)
     thin = curve.thinned(MAX_POINTS)
     said = (
@@ -99,7 +99,10 @@ def interactive_roc_and_pr(
     for column, (x, y) in enumerate((("false-alarm rate", "recall"), ("recall", "precision")), start=1):
         drawn.update_xaxes(title_text=x, range=[-0.02, 1.02], row=1, col=column)
         drawn.update_yaxes(title_text=y, range=[-0.02, 1.02], row=1, col=column)
-    drawn.update_layout(template="plotly_white", height=460, legend={"orientation": "h", "y": -0.2})
+    drawn.update_annotations(font_size=13)
+    drawn.update_layout(
+        template="plotly_white", height=460, margin={"l": 50, "r": 20, "t": 50}, legend={"orientation": "h", "y": -0.2}
+    )
     page: str = drawn.to_html(include_plotlyjs=True, full_html=True, config={"displaylogo": False})
     return page
 

@@ -256,8 +256,10 @@ def test_surprising_rows_and_their_columns_are_a_table(run, trained):
     table = strict_table(artifact(run.info.run_id, "tables/surprising_rows.json"))
     first = trained.explanation.rows.iloc[0]
     assert table["row"].iloc[0] == str(first["row"])
-    assert {"condition", "score", "column", "observed", "expected"} <= set(table.columns)
-    assert "x" in set(table["column"])
+    assert {"condition", "score", "labelled", "most_normal_as", "why_1", "why_2"} <= set(table.columns)
+    assert table["row"].is_unique
+    assert table["why_1"].str.startswith("x ").any()
+    assert table["why_1"].str.contains(r"\(expected .*\): [+-]\d", regex=True).all()
 
 
 def test_alarm_columns_name_what_drives_the_alarms(run):
@@ -352,8 +354,9 @@ def test_without_log_rows_no_cell_leaves_the_table(tmp_path, empty_store):
 def test_with_log_rows_the_surprising_cells_are_there(run):
     """The counterpart of the test above: that markers are found where they may be."""
     table = strict_table(artifact(run.info.run_id, "tables/surprising_rows.json"))
-    observed = made_up().loc[table["row"].astype(int), "x"].astype(str).tolist()
-    assert set(table.loc[table["column"] == "x", "observed"]) <= set(observed)
+    told = table[table["why_1"].str.startswith("x ")].iloc[0]
+    observed = made_up().loc[int(told["row"]), "x"]
+    assert told["why_1"].startswith(f"x {observed:,.5g} (expected")
 
 
 def arrays_in(file: Path):

@@ -68,7 +68,7 @@ def evaluate_rows(detector: CVAEDetector, frame: pd.DataFrame, labels: Labels) -
         classes=np.where(seen, classes, "(unknown class)"),
         seen=seen,
     )
-    explanation = explain_rows(detector, rows, scored)
+    explanation = explain_rows(detector, rows, scored, is_anomaly=labels.is_anomaly[known])
     return Evaluated(evaluation, scored, explanation, labels.rule, time.perf_counter() - started)
 
 
@@ -104,7 +104,7 @@ def _log(model: OpenModel, config: TableConfig, frame: pd.DataFrame, evaluated: 
     extras = tracking.Extras(
         seconds={"evaluate": evaluated.seconds},
         datasets=[tracking.DataSet(frame, source, "evaluation", config.label)],
-        surprising=evaluated.explanation.table if log_rows else None,
+        surprising=evaluated.explanation.lines if log_rows else None,
         alarm_columns=evaluated.explanation.alarm_columns,
     )
     parameters = {"model": model.name, "model_sha256": model.sha256, "data": source, "label": evaluated.label_rule}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from anomaly_cvae.batch.source import find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import can_contrast
+from anomaly_cvae.frames import BoolArray
 from anomaly_cvae.jobs.models import OpenModel
 
 MOST_ROWS = 20
@@ -39,9 +41,27 @@ class Explanation:
     n_alarms: int = 0
 
     @property
+    def lines(self) -> pd.DataFrame:
+        """One line per row, to be read: its verdict, and its top columns in words."""
+        told = self.columns.assign(why=[_in_words(c) for c in self.columns.to_dict(orient="records")])
+        wide = told.pivot(index="row", columns="rank", values="why") if len(told) else pd.DataFrame()
+        kept = ("row", "condition", "labelled", "is_anomaly", "score", "threshold", "p_value", "most_normal_as")
+        rows = self.rows[[name for name in kept if name in self.rows.columns]]
+        return rows.join(wide.add_prefix("why_"), on="row").round(4) if len(rows) else rows
+
+    @property
     def table(self) -> pd.DataFrame:
         """Both tables as one: a line per row and top column."""
         return self.rows.merge(self.columns, on="row", how="left") if len(self.rows) else self.rows
+
+
+def _in_words(column: Mapping[Any, Any]) -> str:
+    """``speed 2,833 (expected 1,474; 1,365 … 1,583): +17.3 nats``."""
+    between = "" if pd.isna(column["low"]) else f"; {column['low']:,.4g} … {column['high']:,.4g}"
+    observed, expected = (
+        f"{v:,.5g}" if isinstance(v, float) else str(v) for v in (column["observed"], column["expected"])
+    )
+    return f"{column['column']} {observed} (expected {expected}{between}): {column['excess_nats']:+.1f} nats"
 
 
 def most_surprising(scored: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -58,14 +78,20 @@ def explain_rows(
     *,
     n_rows: int = MOST_ROWS,
     n_columns: int = TOP_COLUMNS,
+    is_anomaly: BoolArray | None = None,
 ) -> Explanation:
-    """Explain the most surprising rows of a scored table; rows are known by the index of ``frame``."""
+    """Explain the most surprising rows of a scored table; rows are known by the index of ``frame``.
+
+    ``is_anomaly`` (N,) adds what their label says.
+    """
     names = frame.index.to_numpy()  # it may hold a label twice
     frame, scored = frame.reset_index(drop=True), scored.reset_index(drop=True)
     top = most_surprising(scored, n_rows)
     flagged = np.flatnonzero(scored["is_anomaly"].to_numpy())
     alarms = detector.alarm_columns(frame.iloc[flagged[:MOST_FOR_ALARM_COLUMNS]])
     rows, columns = describe(detector, frame.loc[top.index], top, n_columns)
+    if is_anomaly is not None:
+        rows["labelled"] = np.where(is_anomaly[rows["row"]], "anomaly", "normal")
     rows["row"], columns["row"] = names[rows["row"]], names[columns["row"]]
     return Explanation(rows, columns, alarms, len(frame), len(flagged))
 

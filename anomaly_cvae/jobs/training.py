@@ -373,6 +373,6 @@ class _Tracking:
             parameters=given,
             seconds=trained.seconds,
             datasets=datasets,
-            surprising=trained.explanation.table if config.log_rows else None,
+            surprising=trained.explanation.lines if config.log_rows else None,
             alarm_columns=trained.explanation.alarm_columns,
         )
