@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 WRONG_USE, WRONG_DATA, PARTLY_DONE, NOT_TRACKED, INTERRUPTED = 2, 3, 4, 5, 130
 MOST_COLUMNS, MOST_CLASSES, MOST_DRAWN = 60, 20, 50
+SECONDS_BETWEEN_LINES = 30.0
 TABLE_SUFFIXES = (".parquet", ".csv", ".json")
 STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
 
@@ -250,9 +251,12 @@ class Report:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
-        """A bar with rows per second and time left; nothing where nobody sees it."""
-        if self.quiet or not sys.stderr.isatty():
+        """A bar with rows per second and time left; in a log file, a line now and then."""
+        if self.quiet:
             yield lambda progress: None
+            return
+        if not sys.stderr.isatty():
+            yield _Lines(self.aside.print)
             return
         from rich import progress as bars
 
@@ -447,6 +451,23 @@ class Report:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
         self.result["output"] = path
         self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({len(table):,} lines)")
+
+
+class _Lines:
+    """Says how far a job is, every half minute."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.next = say, SECONDS_BETWEEN_LINES
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.seconds < self.next:
+            return
+        self.next = progress.seconds + SECONDS_BETWEEN_LINES
+        left = progress.seconds * (1.0 - progress.done) / max(progress.done, 1e-9)
+        self.say(
+            f"{progress.rows:,} rows ({progress.done:.0%}), {progress.rows_per_second:,.0f} rows/s, about "
+            f"{left / 60:.0f} min left, at {_plain_text(progress.path.name)}"
+        )
 
 
 def _writable(table: pd.DataFrame) -> pd.DataFrame:

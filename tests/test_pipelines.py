@@ -44,3 +44,38 @@ def test_demo_scored_rows(demo):
 def test_demo_table_fits_a_terminal(demo):
     assert max(len(line) for line in demo[1].splitlines()) <= 80
     assert "…" not in demo[1]
+
+
+def run(script: str, *arguments: str, folder: Path) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / script), *arguments],
+        cwd=folder, env={**environment, "COLUMNS": "80"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_configured_pipelines_train_evaluate_and_score(tmp_path):
+    config = str(ROOT / "pipelines" / "configs" / "digits.yaml")
+    run("digits.py", "--tables", "digits", folder=tmp_path)
+    train, test = "digits/train.parquet", "digits/test.parquet"
+    said = run("train.py", config, train, "--test-data", test, "--no-tracking", folder=tmp_path)
+    assert "10 classes" in said
+    assert (tmp_path / "digits" / "train.parquet").is_file()
+    said = run("evaluate.py", config, "digits_model", test, "--no-tracking", folder=tmp_path)
+    assert "overall" in said
+    run("score.py", "digits_model", test, "--output", "scored", "--explain", "--no-tracking", folder=tmp_path)
+    scored = pd.read_parquet(tmp_path / "scored" / "test.parquet")
+    assert len(scored) == 539
+    assert {"score", "top_column", "top_nats"} <= set(scored)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "pipelines" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_valid(config):
+    from anomaly_cvae import jobs
+
+    loaded = jobs.load_config(config, {"data": ["some.parquet"]})
+    assert loaded.condition
+    assert loaded.label
+    assert loaded.detector_parameters()["unseen_class"] == "anomaly"
