@@ -55,7 +55,7 @@ def contents(folder: Path) -> dict[str, str]:
     """Every file of an output folder by its hash; the manifest, which holds times, by what it lists."""
     found = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name not in ("_manifest.json", ".lock"):
+        if file.is_file() and file.name not in ("_manifest.jsonl", ".lock"):
             found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 

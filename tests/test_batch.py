@@ -115,7 +115,7 @@ def assert_scores(got: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 def left_over(out: Path) -> list[str]:
     """Files in the output folder that are neither finished nor the job's own books."""
-    known = {"_manifest.json", ".lock"}
+    known = {"_manifest.jsonl", ".lock"}
     return [path.name for path in out.rglob("*") if path.is_file() and path.suffix != ".parquet"
             and path.name not in known]  # fmt: skip
 
@@ -522,11 +522,11 @@ def test_kill_under_another_model_leaves_no_file_that_passes_for_the_first_ones(
 def test_corrupt_manifest_is_refused_by_name_with_the_remedy(detector, folder, out, content):
     write(rows(20), folder / "a.parquet")
     score(detector, folder, out)
-    (out / "_manifest.json").write_bytes(content)
+    (out / "_manifest.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="delete it") as caught:
         score(detector, folder, out)
-    assert str(out / "_manifest.json") in str(caught.value)
-    (out / "_manifest.json").unlink()
+    assert str(out / "_manifest.jsonl") in str(caught.value)
+    (out / "_manifest.jsonl").unlink()
     assert only(score(detector, folder, out)).status == "scored"
 
 
@@ -535,7 +535,7 @@ def test_unfinished_file_of_a_killed_job_is_cleared_away(detector, folder, out):
     write(rows(20), folder / "sub" / "a.parquet")
     (out / "sub").mkdir(parents=True)
     (out / "sub" / ".a.parquet.partial").write_bytes(b"PAR1")
-    (out / "._manifest.json.partial").write_bytes(b"{")
+    (out / "._manifest.jsonl.partial").write_bytes(b"{")
     assert only(score(detector, folder, out)).status == "scored"
     assert left_over(out) == []
 
@@ -729,7 +729,7 @@ def test_inputs_in_the_output_folder_are_refused(detector, folder):
     for inputs in (folder, folder / "b.csv", str(folder / "*")):
         with pytest.raises(DataError, match="output folder"):
             score(detector, inputs, folder.parent)
-    assert not (folder.parent / "_manifest.json").exists()
+    assert not (folder.parent / "_manifest.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -873,7 +873,20 @@ def test_killed_and_resumed_job_ends_as_an_uninterrupted_one(detector, folder, o
         assert got[name].equals(table, check_metadata=True), name
     assert left_over(out) == []
     pd.testing.assert_frame_equal(resumed.classes, uninterrupted.classes)
-    assert len(json.loads((out / "_manifest.json").read_text())["files"]) == 12
+    head, *lines = map(json.loads, (out / "_manifest.jsonl").read_text().splitlines())
+    assert head["identity"]["model_sha256"] == HASH
+    assert {Path(line["file"]).name for line in lines} == {f"{i:02d}.parquet" for i in range(12)}
+
+
+def test_line_that_a_kill_cut_off_costs_that_file_only(detector, folder, out):
+    for name in "abc":
+        write(rows(20), folder / f"{name}.parquet")
+    score(detector, folder, out)
+    journal = out / "_manifest.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    again = statuses(score(detector, folder, out))
+    assert sorted(again.values()) == ["scored", "unchanged", "unchanged"]
+    assert set(statuses(score(detector, folder, out)).values()) == {"unchanged"}
 
 
 def test_ctrl_c_leaves_finished_files_and_no_partial_one(detector, folder, out, tmp_path, start):

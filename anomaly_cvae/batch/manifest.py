@@ -1,4 +1,8 @@
-"""What a scoring job has done: read again after a kill, so that no row is lost and none is written twice."""
+"""What a scoring job has done: read again after a kill, so that no row is lost and none is written twice.
+
+A journal: the first line says under which model and options, every further one that a file is finished, or no
+longer is. A line is added and synced at a time, so that a job of many files does not write their list over and over.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import Any, Self
 from anomaly_cvae.batch.sink import PARTIAL, sync
 from anomaly_cvae.errors import DataError, OutputError
 
-NAME = "_manifest.json"
+NAME = "_manifest.jsonl"
 LOCK = ".lock"
 VERSION = 1
 
@@ -49,13 +53,15 @@ class Manifest:
     identity: Mapping[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
     _lock: Any = None
+    _journal: Any = None
 
     def __enter__(self) -> Self:
         self._lock = _hold(self.folder)
         try:
             if not self._read():
                 # Before any output: a kill must not leave files of this model under the name of another one.
-                self._write()
+                self._begin()
+            self._journal = (self.folder / NAME).open("a", encoding="utf-8")
             for left in self.folder.rglob(f".*{PARTIAL}"):
                 left.unlink()
         except BaseException:
@@ -69,9 +75,10 @@ class Manifest:
         self._release()
 
     def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        for held in (self._journal, self._lock):
+            if held is not None:
+                held.close()
+        self._journal = self._lock = None
 
     def is_done(self, path: Path, output: Path) -> Entry | None:
         """The entry of an input that has not changed since it was scored, if its output is still there."""
@@ -86,24 +93,29 @@ class Manifest:
     def add(self, path: Path, entry: Entry) -> None:
         """Note a finished file, at once and for good."""
         self.entries[key_of(path)] = entry
-        self._write()
+        self._append({"file": key_of(path), **asdict(entry)})
 
     def drop(self, path: Path, output: Path) -> None:
         """Forget an input that can no longer be scored, with what an earlier job made of it."""
         output.unlink(missing_ok=True)
         if self.entries.pop(key_of(path), None) is not None:
-            self._write()
+            self._append({"dropped": key_of(path)})
 
-    def _write(self) -> None:
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def _begin(self) -> None:
+        """A new journal in the place of any other."""
         beside = self.folder / f".{NAME}{PARTIAL}"
-        content = {
-            "version": VERSION,
-            "identity": dict(self.identity),
-            "files": {name: asdict(entry) for name, entry in self.entries.items()},
-        }
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        sync(beside)
-        os.replace(beside, self.folder / NAME)
+        try:
+            head = {"version": VERSION, "identity": dict(self.identity)}
+            beside.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            sync(beside)
+            os.replace(beside, self.folder / NAME)
+        finally:
+            beside.unlink(missing_ok=True)
         sync(self.folder)
 
     def _read(self) -> bool:
@@ -112,18 +124,28 @@ class Manifest:
         if not path.is_file():
             return False
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            same = content["version"] == VERSION and content["identity"] == json.loads(json.dumps(dict(self.identity)))
-            entries = {
-                name: Entry(**{**entry, "classes": {c: (n, a) for c, (n, a) in entry["classes"].items()}})
-                for name, entry in content["files"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = path.read_text(encoding="utf-8")
+            lines = text.split("\n")
+            torn = lines.pop()  # empty, unless a kill came in the middle of a line
+            if torn:
+                os.truncate(path, len(text.encode("utf-8")) - len(torn.encode("utf-8")))
+            head = json.loads(lines[0])
+            if head["version"] != VERSION or head["identity"] != json.loads(json.dumps(dict(self.identity))):
+                return False
+            for line in map(json.loads, lines[1:]):
+                self._replay(line)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(
                 f"{path} is not readable ({error}); delete it to have every file scored again, or choose another folder"
             ) from error
-        self.entries = entries if same else {}
-        return bool(same)
+        return True
+
+    def _replay(self, line: dict[str, Any]) -> None:
+        if "dropped" in line:
+            self.entries.pop(line["dropped"], None)
+            return
+        name = line.pop("file")
+        self.entries[name] = Entry(**{**line, "classes": {c: (n, a) for c, (n, a) in line["classes"].items()}})
 
 
 def key_of(path: Path) -> str:
