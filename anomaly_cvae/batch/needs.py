@@ -11,7 +11,7 @@ import pandas as pd
 from anomaly_cvae.batch.source import Batch, TableFile, Wanted
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import ParameterError
-from anomaly_cvae.schema import Name
+from anomaly_cvae.schema import Name, Schema
 
 CELLS_PER_BATCH = 1 << 19
 LEAST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
@@ -41,10 +41,7 @@ class Needs:
                 "condition among the columns of X (condition_columns=)"
             )
         names = tuple(name for name in layout.columns if name not in layout.ignored)
-        levels = {str(c.name): c.levels for c in schema.columns}
-        levels |= {str(c.name): c.levels for c in schema.categorical_conditions}
-        text = {name for name, own in levels.items() if own and all(isinstance(level, str) for level in own)}
-        return cls(names, frozenset(text), frozenset(str(name) for name in layout.ignored))
+        return cls(names, text_columns(schema), frozenset(str(name) for name in layout.ignored))
 
     @property
     def columns(self) -> list[str]:
@@ -71,3 +68,10 @@ class Needs:
     def table(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The needed columns under the names that the detector knows."""
         return frame[self.columns].set_axis(list(self.names), axis=1)
+
+
+def text_columns(schema: Schema) -> frozenset[str]:
+    """Columns and conditions whose levels were text in training: 007 is no 7 there."""
+    levels = {str(c.name): c.levels for c in schema.columns}
+    levels |= {str(c.name): c.levels for c in schema.categorical_conditions}
+    return frozenset(n for n, own in levels.items() if own and all(isinstance(level, str) for level in own))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from anomaly_cvae import bundle
+from anomaly_cvae.batch.needs import text_columns
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import ConditionError, DataError, TrackingError
@@ -106,16 +107,18 @@ def prepare(config: TrainConfig) -> Plan:
     if not len(frame):
         raise DataError(f"{', '.join(config.data)}: the table has no rows")
     labels = read_config_labels(frame, config) if config.label in frame.columns else None
-    test_frame, test_labels = frame, labels
-    if config.test_data:
-        test_frame, test_labels = _read_test(config)
-    training, test, notes = _split(config, len(frame), labels, test_labels)
+    training, test, notes = _split(config, len(frame), labels)
     detector = CVAEDetector(
         condition_columns=config.condition or None,
         ignore_columns=_left_out(config, frame) or None,
         **parameters,
     )
     schema = detector.infer_schema(frame.iloc[training])
+    test_frame, test_labels = frame, labels
+    if config.test_data:
+        test_frame, test_labels = _read_test(config, schema)
+        test = np.flatnonzero(test_labels.is_known)
+        notes.append(f"evaluated on {', '.join(config.test_data)}, where {test_labels.rule}")
     _check_test_rows(schema, test_frame, test)
     notes += _format_notes(config)
     return Plan(
@@ -141,10 +144,12 @@ def _left_out(config: TrainConfig, frame: pd.DataFrame) -> list[str]:
     return [name for name in names if name in frame.columns]
 
 
-def _read_test(config: TrainConfig) -> tuple[pd.DataFrame, Labels]:
+def _read_test(config: TrainConfig, schema: Schema) -> tuple[pd.DataFrame, Labels]:
     if config.label is None:
         raise DataError("test_data is for evaluation: say which column is the label")
-    frame = read_table(config.test_data, csv_format(config))
+    text = text_columns(schema)
+    known = {*map(str, schema.names), *(str(condition.name) for condition in schema.conditions)}
+    frame = read_table(config.test_data, csv_format(config), text=text, numbers=known - text)
     return frame, read_config_labels(frame, config)
 
 
@@ -167,14 +172,10 @@ def _check_test_rows(schema: Schema, frame: pd.DataFrame, rows: IntArray) -> Non
             )
 
 
-def _split(
-    config: TrainConfig, n_rows: int, labels: Labels | None, test_labels: Labels | None
-) -> tuple[IntArray, IntArray, list[str]]:
-    """Row numbers to learn from and to evaluate on, and what to say of them."""
+def _split(config: TrainConfig, n_rows: int, labels: Labels | None) -> tuple[IntArray, IntArray, list[str]]:
+    """Rows of the table to learn from and to evaluate on, and what to say of them."""
     if labels is None:
-        tested = np.flatnonzero(test_labels.is_known) if test_labels else np.zeros(0, dtype=np.int64)
-        said = f"evaluated where {test_labels.rule}" if test_labels else "none evaluated"
-        return np.arange(n_rows), tested, [f"no label here: every row is learned from; {said}"]
+        return np.arange(n_rows), np.zeros(0, dtype=np.int64), ["no label here: every row is learned from"]
     rng = np.random.default_rng(config.random_state)
     known = [NORMAL, ANOMALY] if config.train_on_anomalies else [NORMAL]
     candidates = rng.permutation(np.flatnonzero(np.isin(labels.status, known)))
@@ -186,12 +187,8 @@ def _split(
         why = f"{labels.count(ANOMALY):,} are anomalies and {left_out:,} are left out"
         why = why if left_out else f"all {n_rows:,} rows are anomalies"
         raise DataError(f"no row is left to learn from: {labels.rule}, and {why}")
-    if config.test_data:
-        assert test_labels is not None
-        test = np.flatnonzero(test_labels.is_known)
-    else:
-        rest = [] if config.train_on_anomalies else [np.flatnonzero(labels.is_anomaly)]
-        test = np.sort(np.concatenate([candidates[:n_test], *rest]))
+    rest = [] if config.train_on_anomalies else [np.flatnonzero(labels.is_anomaly)]
+    test = np.sort(np.concatenate([candidates[:n_test], *rest]))
     return training, test, _split_notes(config, labels)
 
 
