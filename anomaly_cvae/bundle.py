@@ -57,16 +57,17 @@ def save(bundle: Bundle, path: str | Path, library_version: str) -> Path:
     target = Path(path).resolve()
     check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{uuid4().hex[:8]}")
+    beside, old = (target.with_name(f".{target.name}.{uuid4().hex[:8]}") for _ in range(2))
     beside.mkdir()
     try:
         _write(bundle, beside)
         _write_manifest(beside, library_version)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(old)
         beside.rename(target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in (beside, old):
+            shutil.rmtree(left, ignore_errors=True)
     return Path(path)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,7 +182,9 @@ def train(
 def evaluate(
     model: Model,
     data: Data,
-    label: Annotated[str, typer.Option(help="Column that says which rows are anomalies.")],
+    label: Annotated[
+        str | None, typer.Option(help="Column that says which are anomalies; default: as in training.")
+    ] = None,
     anomaly: Anomaly = None,
     normal: Normal = None,
     missing_condition: Missing = MissingCondition.refuse,
@@ -448,7 +453,14 @@ def _parsed(name: str, text: str) -> Any:
 
 def main() -> None:
     """Entry point of ``anomaly-cvae``."""
-    app(prog_name="anomaly-cvae")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "…" is no reason to stop
+    try:
+        app(prog_name="anomaly-cvae")
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from anomaly_cvae.inputs import (
 from anomaly_cvae.objectives import objective
 from anomaly_cvae.parameters import check_parameters
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
-from anomaly_cvae.schema import Name, Schema, infer_column, infer_condition, observed_classes
+from anomaly_cvae.schema import Column, Name, Schema, infer_column, infer_condition, observed_classes
 from anomaly_cvae.scoring import resolve_device
 from anomaly_cvae.training import Training, TrainingSettings
 
@@ -45,6 +45,7 @@ FLAGGED = -np.finfo(np.float64).tiny
 """Largest decision of a row that policy, not its score, makes an anomaly."""
 
 
+MOST_FAULTS = 20
 UNKNOWN_CLASS = "(unknown class)"
 """Where rows of a class not seen in training, or with a missing condition, are grouped."""
 
@@ -249,7 +250,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 f"no column is left for x: X has n_features = {features.shape[1]}, all of them conditions or ignored"
             )
         conditions = tuple(infer_condition(frame[name], name, kinds.get(name)) for name in layout.conditions)
-        columns = tuple(infer_column(frame[name], name, kinds.get(name)) for name in names)
+        columns = self._infer_columns(frame, names, kinds)
         for column in columns:
             head = likelihoods.get(column.name)
             if head is not None and head not in LIKELIHOODS_OF_KIND[column.kind]:
@@ -268,6 +269,24 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if self.score_kind != "elbo":
             require_contrast(schema)
         return schema, likelihoods
+
+    def _infer_columns(
+        self, frame: pd.DataFrame, names: Sequence[Name], kinds: Mapping[Name, str]
+    ) -> tuple[Column, ...]:
+        """Every column, or what is wrong with each of those that cannot be used, all at once."""
+        columns, faults = list[Column](), list[DataError]()
+        for name in names:
+            try:
+                columns.append(infer_column(frame[name], name, kinds.get(name)))
+            except DataError as fault:
+                faults.append(fault)
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            shown = "\n".join(f"- {fault}" for fault in faults[:MOST_FAULTS])
+            more = f"\n- and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+            raise DataError(f"{len(faults)} columns cannot be used as they are:\n{shown}{more}")
+        return tuple(columns)
 
     def _fit_settings(self) -> FitSettings:
         dtype = getattr(torch, self.dtype)
@@ -374,7 +393,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
 
         Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
         ``is_anomaly``; on request ``contrast`` (nats), ``top_column`` (the one furthest above what it costs a
-        normal row) and its ``top_nats``.
+        normal row; "kl" where it is the combination) and ``top_nats`` (by how much).
         """
         encoded = self._encode(X, condition)
         kind: ScoreKind = self._kind()
@@ -395,10 +414,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if contrast:
             table["contrast"] = scores["contrast"]
         if top_column:
-            nats = explain.column_scores(self.model_, encoded).columns
-            top = explain.excess_nats(self.model_, encoded, nats).argmax(axis=1)
-            table["top_column"] = [self.schema_.names[d] for d in top]
-            table["top_nats"] = nats[np.arange(len(top)), top]
+            excess = explain.excess_nats(self.model_, encoded, explain.column_scores(self.model_, encoded))
+            top, parts = excess.argmax(axis=1), explain.parts(self.model_)
+            table["top_column"] = [parts[d] for d in top]
+            table["top_nats"] = excess[np.arange(len(top)), top]
         return table
 
     def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
@@ -429,11 +448,12 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     def top_columns(self, X: Any, *, condition: Any = None, n: int = 3) -> pd.DataFrame:
         """The ``n`` most surprising columns of each row: nats, value observed, value and 90 % range expected.
 
-        Ranked by ``excess_nats``, nats above what the column costs a normal row of the class.
+        Ranked by ``excess_nats``, nats above what the column costs a normal row of the class. "kl" stands
+        for the combination: what no column alone is to blame for.
         The expectation is made from the rest of the row: the cells in question are hidden from it.
         """
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        n = min(n, len(self.schema_.columns))
+        n = min(n, len(self.schema_.columns) + 1)
         return explain.top_columns(self.model_, encoded, frame, n, seed=0)
 
     def class_negative_elbo(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
@@ -450,7 +470,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         return pd.DataFrame(nats, columns=self.schema_.class_names, index=self._index(X))
 
     def alarm_columns(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
-        """Which columns drive the alarms among the rows of X: one line per class with alarms and column.
+        """Which columns, or the KL, drive the alarms among the rows of X: one line per class with alarms and column.
 
         ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the most surprising
         one, and ``excess_nats`` is the mean over them of its nats above what it costs a normal row.

@@ -9,9 +9,12 @@ import pandas as pd
 from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.schema import Name
 from anomaly_cvae.scoring import ColumnScores
 
 KL = "kl"
+COMBINATION = "unusual combination (KL)"
+"""How the KL is called where people read it."""
 INTERVAL_DRAWS = 100
 ROWS_PER_BLOCK = 200
 
@@ -40,39 +43,52 @@ def _marginal_column_scores(model: FittedModel, encoded: Encoded) -> ColumnScore
     return ColumnScores(columns, model.scores(encoded, "elbo") - columns.sum(axis=1))
 
 
-def excess_nats(model: FittedModel, encoded: Encoded, columns: FloatArray) -> FloatArray:
-    """Nats of each column above what it costs a normal row of the class, (N, D); -inf for a missing cell.
+def excess_nats(model: FittedModel, encoded: Encoded, scores: ColumnScores) -> FloatArray:
+    """Nats of each column, and last of the KL, above what they cost a normal row of the class: (N, D + 1).
 
-    A column's nats depend on its unit (a density in Pa is not one in MPa); the excess does not.
+    A column's nats depend on its unit (a density in Pa is not one in MPa); the excess does not. The KL is
+    what an unusual combination costs, of cells each of which may be ordinary. -inf for a missing cell.
     """
     assert model.calibration is not None
-    typical = model.calibration.typical_nats[model.groups(encoded)]
+    groups = model.groups(encoded)
     observed = model.encoder.ungroup(encoded.observed.astype(np.float64)) > 0
-    return np.where(observed, columns - model.encoder.ungroup(typical), -np.inf)
+    columns = scores.columns - model.encoder.ungroup(model.calibration.typical_nats[groups])
+    kl = scores.kl - model.calibration.typical_kl[groups]
+    return np.column_stack([np.where(observed, columns, -np.inf), kl])
+
+
+def called(name: object) -> str:
+    """A column, or the KL, as people read it."""
+    return COMBINATION if name == KL else str(name)
+
+
+def parts(model: FittedModel) -> list[Name]:
+    """Names of what `excess_nats` takes apart: the columns in the order of the schema, and the KL."""
+    return [*model.encoder.schema.names, KL]
 
 
 def alarm_columns(model: FittedModel, encoded: Encoded, classes: npt.NDArray[np.object_]) -> pd.DataFrame:
-    """Per class (N,) and column of these rows: rows, rows that it tops, mean excess nats; the strongest first."""
-    names = [str(name) for name in model.encoder.schema.names]
-    excess = excess_nats(model, encoded, column_scores(model, encoded).columns)
-    parts = []
+    """Per class (N,) and column, or KL: rows, rows that it tops, mean excess nats; the strongest first."""
+    names = [str(name) for name in parts(model)]
+    excess = excess_nats(model, encoded, column_scores(model, encoded))
+    tables = []
     for name in sorted(set(classes.tolist())):
         own = excess[classes == name]
         present = np.isfinite(own)
         mean = np.where(present, own, 0.0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
         top = np.bincount(own.argmax(axis=1), minlength=len(names))
         part = pd.DataFrame({"class": name, "column": names, "alarms": len(own), "top": top, "excess_nats": mean})
-        parts.append(part.sort_values(["top", "excess_nats"], ascending=False))
+        tables.append(part.sort_values(["top", "excess_nats"], ascending=False))
     columns = ["class", "column", "alarms", "top", "excess_nats"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int) -> pd.DataFrame:
     """The ``n_top`` most surprising columns of every row, one line each, rows in the order of ``cells``.
 
-    Columns are ranked by `excess_nats`. The ranked cells are hidden together and drawn again given the rest
-    of the row: ``expected`` is the mean or most probable value, ``low`` and ``high`` bound the central 90 % of
-    the draws (numbers only).
+    Columns are ranked by `excess_nats`, the KL among them under its own name. The ranked cells are hidden
+    together and drawn again given the rest of the row: ``expected`` is the mean or most probable value,
+    ``low`` and ``high`` bound the central 90 % of the draws (numbers only; none for the KL).
     """
     blocks = [
         _top_columns_of_block(model, encoded.take(rows), cells.iloc[rows], n_top, seed)
@@ -84,14 +100,15 @@ def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top
 def _top_columns_of_block(
     model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int
 ) -> pd.DataFrame:
-    nats = column_scores(model, encoded).columns
-    excess = excess_nats(model, encoded, nats)
+    scores = column_scores(model, encoded)
+    nats = np.column_stack([scores.columns, scores.kl])
+    excess = excess_nats(model, encoded, scores)
     top = np.argsort(-excess, axis=1, kind="stable")[:, :n_top]
     known = _most_probable_class(model, encoded.hide(_grouped_mask(model, top, encoded.observed.shape)))
     expected = model.encoder.decode(model.engine.expected(known))
     low, high = _interval(model, known, seed)
     rows, chosen = np.repeat(np.arange(len(top)), top.shape[1]), top.ravel()
-    names = model.encoder.schema.names
+    names = parts(model)
     return pd.DataFrame(
         {
             "row": cells.index.to_numpy()[rows],
@@ -99,16 +116,16 @@ def _top_columns_of_block(
             "column": [names[d] for d in chosen],
             "nats": nats[rows, chosen],
             "excess_nats": excess[rows, chosen],
-            "observed": _pick(cells[names], rows, chosen),
+            "observed": _pick(cells[names[:-1]], rows, chosen),
             "expected": _pick(expected, rows, chosen),
-            "low": low[rows, chosen],
-            "high": high[rows, chosen],
+            "low": _with_nan(low)[rows, chosen],
+            "high": _with_nan(high)[rows, chosen],
         }
     )
 
 
 def _grouped_mask(model: FittedModel, top: IntArray, shape: tuple[int, ...]) -> BoolArray:
-    mask = np.zeros(shape, dtype=np.bool_)
+    mask = np.zeros((shape[0], shape[1] + 1), dtype=np.bool_)
     np.put_along_axis(mask, top, True, axis=1)
     return mask[:, list(model.encoder.order)]
 
@@ -139,4 +156,13 @@ def _numbers(model: FittedModel, values: FloatArray) -> FloatArray:
 
 
 def _pick(frame: pd.DataFrame, rows: IntArray, chosen: IntArray) -> np.ndarray:
-    return frame.astype(object).to_numpy()[rows, chosen]
+    """Cells by row and column; the column after the last, the KL, has none."""
+    cells = np.empty((len(frame), frame.shape[1] + 1), dtype=object)
+    cells[:, :-1] = frame.astype(object).to_numpy()
+    cells[:, -1] = np.nan
+    picked: np.ndarray = cells[rows, chosen]
+    return picked
+
+
+def _with_nan(values: FloatArray) -> FloatArray:
+    return np.column_stack([values, np.full(len(values), np.nan)])

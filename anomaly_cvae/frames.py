@@ -28,10 +28,10 @@ _CELL_TYPES: dict[str, CellType] = {
     "empty": "empty",
 }
 _REMEDIES = {
-    "datetime": "derive numbers from it (hour, weekday, age in days) or name it in ignore_columns",
-    "timedelta": "turn it into a number (`.dt.total_seconds()`) or name it in ignore_columns",
+    "datetime": "derive numbers from it (hour, weekday, age in days) or ignore it (ignore_columns, --ignore)",
+    "timedelta": "turn it into a number (`.dt.total_seconds()`) or ignore it (ignore_columns, --ignore)",
     "complex": "Complex data not supported: give its real and imaginary part as two columns",
-    "other": "convert it to one type (all numbers or all text) or name it in ignore_columns",
+    "other": "convert it to one type (all numbers or all text) or ignore it (ignore_columns, --ignore)",
 }
 
 

@@ -232,6 +232,8 @@ class Report:
         )
 
     def _alarm_columns(self, alarm_columns: pd.DataFrame) -> None:
+        from anomaly_cvae.explain import called
+
         self.result["alarm_columns"] = _records(alarm_columns)
         if not len(alarm_columns):
             return
@@ -239,7 +241,8 @@ class Report:
         table.add_column("columns")
         for name, own in list(alarm_columns.groupby("class", sort=False))[:MOST_CLASSES]:
             alarms = int(own["alarms"].iloc[0])
-            top = ", ".join(f"{r['column']} {r['top'] / alarms:.0%}" for r in _records(own.head(4)) if r["top"])
+            tops = [row for row in _records(own.head(4)) if row["top"]]
+            top = ", ".join(f"{called(row['column'])} {row['top'] / alarms:.0%}" for row in tops)
             table.add_row(_plain_text(str(name)), f"{alarms:,}", _plain_text(top))
         self._show("what drives the alarms: the column that is most surprising in them", table)
 
@@ -307,8 +310,9 @@ class Report:
             self.shown.print(f"… and {len(classes) - MOST_CLASSES} more classes\n")
         said = ", ".join(f"{n} {name}" for name, n in count.items() if n)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
+        plural = "" if len(summary.files) == 1 else "s"
         self.shown.print(
-            f"{len(summary.files)} files: {said}; {summary.rows:,} rows in {summary.seconds:.1f} s "
+            f"{len(summary.files)} file{plural}: {said}; {summary.rows:,} rows in {summary.seconds:.1f} s "
             f"({summary.rows / max(summary.seconds, 1e-9):,.0f} rows/s; at work: {stages})"
         )
         if scored.run_id:
@@ -320,6 +324,8 @@ class Report:
 
     def explained(self, explanation: Explanation, model: OpenModel) -> None:
         """Each row with its columns, and what drives the alarms."""
+        from anomaly_cvae.explain import KL, called
+
         self.result |= {
             "model": model.name,
             "rows": explanation.n_rows,
@@ -330,21 +336,20 @@ class Report:
         self.shown.print(f"{explanation.n_rows:,} rows, {explanation.n_alarms:,} of them flagged\n")
         for row in _records(explanation.rows):
             verdict = "[bold red]flagged[/bold red]" if row["is_anomaly"] else "normal"
+            where = f"row {row['row_in_file']} of {row['file']}" if row.get("file") else f"row {row['row']}"
             title = (
-                f"row {row['row']}  {_plain_text(str(row['condition']))}  {verdict}  score {_nats(row['score'])}, "
+                f"{_plain_text(where)}  {_plain_text(str(row['condition']))}  {verdict}  score {_nats(row['score'])}, "
                 f"threshold {_nats(row['threshold'])}, p-value {row['p_value']:.2g}"
             )
             table = _table("column", numbers=("nats", "above usual", "observed", "expected", "90 % between"))
             for c in _records(explanation.columns[explanation.columns["row"] == row["row"]]):
+                if c["excess_nats"] <= 0 and c["rank"] > 1:
+                    continue  # it costs less than usual: no reason
                 between = "" if _missing(c["low"]) else f"{_cell(c['low'])} … {_cell(c['high'])}"
-                cells = (
-                    _nats(c["nats"]),
-                    f"{c['excess_nats']:+.2f}",
-                    _cell(c["observed"]),
-                    _cell(c["expected"]),
-                    between,
-                )
-                table.add_row(_plain_text(str(c["column"])), *cells)
+                combined = c["column"] == KL
+                observed, expected = ("", "") if combined else (_cell(c["observed"]), _cell(c["expected"]))
+                cells = (_nats(c["nats"]), f"{c['excess_nats']:+.2f}", observed, expected, between)
+                table.add_row(_plain_text(called(c["column"])), *cells)
             self._show(title, table)
             other = row.get("most_normal_as")
             if other is not None and str(other) != str(row["condition"]):

@@ -202,7 +202,8 @@ def _infer_text(cells: pd.Series, name: Name) -> tuple[Kind, str]:
     if distinct > MAX_LEVELS or (distinct > 50 and distinct > 0.5 * present):
         raise DataError(
             f"column {name!r} looks like free text or an identifier ({distinct:,} distinct values in "
-            f"{present:,} rows); name it in ignore_columns, or force column_kinds={{{name!r}: 'categorical'}}"
+            f"{present:,} rows); ignore it (ignore_columns, --ignore), or force "
+            f"column_kinds={{{name!r}: 'categorical'}} (--kind {name!r}=categorical)"
         )
     return "categorical", f"text or categories, {distinct} levels"
 
@@ -254,18 +255,25 @@ def _infer_condition_kind(cells: pd.Series, name: Name, content: CellType) -> tu
 
 
 def check_same_type(name: Name, known: Sequence[Level], found: Sequence[Level]) -> None:
-    """A text column that suddenly holds numbers is a mix-up, not a table full of unknown levels.
+    """A text column that suddenly holds numbers, or the reverse, is a mix-up, not a table full of unknown levels.
 
     Raises
     ------
     DataError
         Naming the column, and a level of each kind.
     """
-    was_text = all(isinstance(level, str) for level in known)
-    if known and was_text and found and not any(isinstance(level, str) for level in found):
+    if not known or not found:
+        return
+    was_text, is_text = ({isinstance(level, str) for level in levels} for levels in (known, found))
+    if was_text == {True} and is_text == {False}:
         raise DataError(
             f"column {name!r} held text in training (such as {known[0]!r}) but holds numbers, such as "
             f"{found[0]!r}; check the columns, or convert it to text"
+        )
+    if was_text == {False} and is_text == {True}:
+        raise DataError(
+            f"column {name!r} held numbers in training (such as {known[0]!r}) but holds text, such as "
+            f"{found[0]!r}; check the columns, or convert it to numbers"
         )
 
 

@@ -165,7 +165,7 @@ def test_columns_named_by_numbers_are_found_and_named(folder, out):
     detector = CVAEDetector([2], **TINY).fit(table)
     write(table.set_axis(["0", "1", "2"], axis=1), folder / "a.parquet")
     file = only(score(detector, folder, out, top_column=True))
-    assert set(scored(file)["top_column"]) <= {"0", "1"}
+    assert set(scored(file)["top_column"]) <= {"0", "1", "kl"}
 
 
 def test_files_keep_their_places_below_the_input_folder(detector, folder, out):
@@ -270,9 +270,58 @@ def test_kept_column_named_as_a_scored_one_is_refused_with_the_file(detector, fo
 
 def test_kept_column_that_is_not_there_is_refused_with_the_nearest_name(detector, folder, out):
     write(rows(10), folder / "a.parquet")
-    file = only(score(detector, folder, out, keep=("colour",)))
+    before = scored(only(score(detector, folder, out)))
+    with pytest.raises(ParameterError, match="'color'"):
+        score(detector, folder, out, keep=("colour",))
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "a.parquet"), before)  # what stood there stands
+
+
+def test_output_of_another_input_is_not_taken_for_unchanged(detector, tmp_path, out):
+    for day, n in (("day1", 30), ("day2", 20)):
+        (tmp_path / day).mkdir()
+        write(rows(n), tmp_path / day / "a.parquet")
+    counts = []
+    for day in ("day1", "day2", "day1"):
+        file = only(score(detector, tmp_path / day, out))
+        counts.append((file.status, len(pd.read_parquet(out / "a.parquet"))))
+    assert counts == [("scored", 30), ("scored", 20), ("scored", 30)]
+
+
+def test_somebody_elses_file_is_not_replaced(detector, folder, out):
+    write(rows(10), folder / "a.parquet")
+    out.mkdir(exist_ok=True)
+    rows(3).to_parquet(out / "a.parquet")
+    with pytest.raises(OutputError, match="no scored file"):
+        score(detector, folder, out)
+    assert len(pd.read_parquet(out / "a.parquet")) == 3
+
+
+def test_unfinished_files_of_others_below_the_output_folder_are_left_alone(detector, folder, out):
+    write(rows(10), folder / "a.parquet")
+    (out / "sub").mkdir(parents=True)
+    (out / "sub" / ".theirs.parquet.partial").write_bytes(b"PAR1")
+    score(detector, folder, out)
+    assert (out / "sub" / ".theirs.parquet.partial").exists()
+
+
+@pytest.mark.parametrize("column", ["n", "x"])
+def test_one_cell_that_is_no_number_is_named_with_its_row_of_the_file(detector, folder, out, column):
+    table = rows(3000).astype({column: object})
+    table.loc[2500, column] = "?"
+    write(table, folder / "a.csv")
+    file = only(score(detector, folder, out))
     assert file.status == "failed"
-    assert "'color'" in file.error
+    for part in (f"'{column}'", "'?'", "row 2,500", str(folder / "a.csv")):
+        assert part in file.error
+
+
+def test_numbers_where_training_had_numbers_are_not_accepted_as_text(folder, out):
+    table = rows(300).assign(kind=np.arange(300) % 3)
+    detector = CVAEDetector(["kind"], ignore_columns=["id"], unseen_class="anomaly", **TINY).fit(table)
+    write(table.assign(kind=table["kind"].astype(str)), folder / "a.parquet")
+    file = only(score(detector, folder, out))
+    assert file.status == "failed"
+    assert "held numbers in training" in file.error
 
 
 def test_kept_cells_of_csv_are_text_as_it_stands(detector, folder, out):

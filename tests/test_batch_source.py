@@ -39,8 +39,16 @@ def read(path: Path, **csv_format: str) -> pd.DataFrame:
     return read_table([path], CsvFormat(**csv_format))
 
 
+def words(path: Path, columns: list[str], text: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Columns that hold text, as a model would know them."""
+    if TableFile.of(path).kind != "csv" or not set(columns) <= set(TableFile.of(path).columns()):
+        return {}
+    table = read_table([path])
+    return {n: () for n in columns if n in text or not pd.api.types.is_numeric_dtype(table[n].dtype)}
+
+
 def batches(path: Path, columns: list[str], text: tuple[str, ...] = NO_TEXT, rows: int = 1000) -> list[Batch]:
-    return list(TableFile.of(path).batches(Wanted(columns, (), text), rows))
+    return list(TableFile.of(path).batches(Wanted(columns, (), words(path, columns, text)), rows))
 
 
 def cells(path: Path, columns: list[str], text: tuple[str, ...] = NO_TEXT, rows: int = 1000) -> dict[str, list]:
@@ -512,3 +520,35 @@ def test_file_that_vanished_is_refused_by_name(tmp_path):
     path.unlink()
     for call in (file.columns, file.read_raw, lambda: list(file.batches(Wanted(["x"]), 10))):
         assert str(path) in refusal(call)
+
+
+def test_long_whole_numbers_are_exact_or_text(tmp_path):
+    big = [2**53, 2**53 + 1, 2**53 + 3]
+    table = read(write(tmp_path / "a.csv", "n,id\n" + "".join(f"{n},{10**20 + i}\n" for i, n in enumerate(big))))
+    assert table["n"].tolist() == big
+    assert table["id"].tolist() == [str(10**20 + i) for i in range(3)]
+    gaps = read(write(tmp_path / "b.csv", f"n,x\n{big[1]},1\n,2\n"))
+    assert gaps["n"].iloc[0] == big[1]
+    assert gaps["n"].isna().tolist() == [False, True]
+
+
+def test_tables_in_linked_folders_are_found_once(tmp_path):
+    write(tmp_path / "data" / "a.csv", "x\n1\n")
+    write(tmp_path / "real" / "b.csv", "x\n1\n")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "round").symlink_to(tmp_path / "data")
+    assert [file.relative.as_posix() for file in find_files(tmp_path / "data")] == ["a.csv", "linked/b.csv"]
+
+
+def test_files_that_are_no_tables_by_their_name_are_mentioned(tmp_path):
+    write(tmp_path / "a.csv", "x\n1\n")
+    write(tmp_path / "part-000", "x\n1\n")
+    with pytest.warns(UserWarning, match=r"1 file.* passed over.*part-000"):
+        find_files(tmp_path)
+
+
+def test_known_levels_are_taken_as_they_stand(tmp_path):
+    path = write(tmp_path / "a.csv", "g,x\na  ,1\nNA,2\n b,3\nnull,4\n")
+    (part,) = TableFile.of(path).batches(Wanted(["g", "x"], (), {"g": frozenset({"a  ", "NA"})}), 100)
+    assert part.frame["g"].tolist()[:3] == ["a  ", "NA", "b"]
+    assert part.frame["g"].isna().tolist() == [False, False, False, True]

@@ -163,7 +163,7 @@ def test_quiet_does_not_keep_errors_back(here: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nosuch"], ["train", "--nosuch"], ["evaluate", "mill", "table.csv"], ["generate", "mill", "-n", "0"]]
+    "arguments", [["nosuch"], ["train", "--nosuch"], ["evaluate", "mill"], ["generate", "mill", "-n", "0"]]
 )
 def test_a_command_that_cannot_be_parsed_ends_with_2(here: Path, arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
@@ -567,7 +567,7 @@ def test_tables_are_written_in_the_format_of_their_suffix(here: Path, command: s
     if command == "explain":
         assert len(read) == 15
         assert {"row", "condition", "score", "is_anomaly", "column", "nats", "observed", "expected"} <= set(read)
-        assert set(read["column"]) <= set(COLUMNS)
+        assert set(read["column"]) <= {*COLUMNS, "kl"}
     else:
         assert list(read) == ["Type", *COLUMNS]
         assert len(read) == 4

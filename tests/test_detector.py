@@ -196,11 +196,30 @@ def test_score_table_agrees_with_the_methods(detector, table):
     np.testing.assert_allclose(scored["p_value"], detector.p_values(table))
     np.testing.assert_array_equal(scored["is_anomaly"], detector.predict(table) == -1)
     assert (scored["condition"] == table["type"]).all()
-    explained = detector.explain(table)
-    own = [explained[name].iloc[i] for i, name in enumerate(scored["top_column"])]
-    np.testing.assert_allclose(scored["top_nats"], own)
     top = detector.top_columns(table.head(30), n=1)
     assert top["column"].tolist() == scored["top_column"].head(30).tolist()
+    np.testing.assert_allclose(top["excess_nats"], scored["top_nats"].head(30), rtol=1e-4, atol=1e-5)
+
+
+def test_the_combination_is_named_where_no_column_is_to_blame():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=3000)
+    frame = pd.DataFrame({"x": x, "y": x + 0.1 * rng.normal(size=3000), "z": rng.normal(size=3000)})
+    fitted = CVAEDetector(max_steps=600, hidden_dims=(32,), n_estimators=1, random_state=0).fit(frame)
+    apart = pd.DataFrame({"x": [1.6, -1.5], "y": [-1.6, 1.5], "z": [0.0, 0.1]})  # each cell ordinary, together not
+    assert (fitted.predict(apart) == -1).all()
+    parts = fitted.explain(apart)
+    top = fitted.top_columns(apart, n=4)
+    assert set(top["column"]) == {"x", "y", "z", "kl"}
+    own = [parts[name].iloc[row] for name, row in zip(top["column"], top["row"], strict=True)]
+    np.testing.assert_allclose(top["nats"], own, rtol=1e-4, atol=1e-4)
+    of_kl = top[top["column"] == "kl"]
+    assert of_kl["observed"].isna().all()
+    assert of_kl["low"].isna().all()
+    # What is above usual adds up to the whole excess of the row over the mean normal one.
+    typical = fitted.negative_elbo(frame.iloc[fitted.split_.calibration]).mean()
+    total = top.groupby("row")["excess_nats"].sum().to_numpy()
+    np.testing.assert_allclose(total, fitted.negative_elbo(apart) - typical, rtol=1e-3, atol=1e-2)
 
 
 def test_same_model_from_frame_arrow_and_nullable_dtypes(table):
@@ -389,7 +408,7 @@ def test_what_stands_out_does_not_depend_on_the_unit():
     fitted = CVAEDetector(max_steps=300, hidden_dims=(16,), n_estimators=1, random_state=0).fit(frame)
     strained = frame.head(100).assign(strain=8e-5, gap=np.nan)
     assert (fitted.score_table(strained, top_column=True)["top_column"] == "strain").all()
-    assert (fitted.top_columns(strained, n=3).groupby("row")["column"].last() == "gap").all()
+    assert (fitted.top_columns(strained, n=4).groupby("row")["column"].last() == "gap").all()
 
 
 def test_top_columns_keep_the_order_of_rows_and_repeated_labels(detector, table):

@@ -562,7 +562,12 @@ def test_row_numbers_count_through_all_files(saved: str, written, table: pd.Data
     parts = [written(table.iloc[:150], "p1.csv"), written(table.iloc[150:], "p2.csv")]
     model = open_model(saved, device="cpu")
     one, many = (explain_tables(model, inputs, n_rows=10) for inputs in ([whole], parts))
-    pd.testing.assert_frame_equal(one.rows, many.rows)
+    pd.testing.assert_frame_equal(one.rows, many.rows.drop(columns=["file", "row_in_file"]))
+    places = many.rows["row"] - 150 * (many.rows["row"] >= 150)
+    assert (many.rows["row_in_file"] == places).all()
+    assert (
+        many.rows["file"].map(lambda name: Path(name).name) == np.where(many.rows["row"] < 150, "p1.csv", "p2.csv")
+    ).all()
     pd.testing.assert_frame_equal(one.columns, many.columns)
     assert (one.n_rows, one.n_alarms) == (many.n_rows, many.n_alarms) == (N, one.n_alarms)
     assert set(map(tuple, one.alarm_columns[["class", "column", "alarms", "top"]].to_numpy())) == set(
@@ -620,8 +625,10 @@ def test_an_evaluation_counts_labelled_rows_only(saved: str, written, table: pd.
 
 def test_an_evaluation_needs_a_label(saved: str, written, table: pd.DataFrame) -> None:
     model = open_model(saved, device="cpu")
+    remembered = evaluate_model(model, TableConfig(data=[written(table)]), log=False)  # the label of the training
+    assert remembered.evaluation.is_anomaly.sum() == (table["failed"] == 1).sum()
     with pytest.raises(DataError, match="label"):
-        evaluate_model(model, TableConfig(data=[written(table)]), log=False)
+        evaluate_model(model, TableConfig(data=[written(table.drop(columns="failed"))]), log=False)
     with pytest.raises(DataError, match="no row has a label"):
         evaluate_model(model, TableConfig(data=[written(table.assign(failed=None))], label="failed"), log=False)
 

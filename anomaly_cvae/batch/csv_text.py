@@ -8,7 +8,7 @@ import gzip
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +19,16 @@ import pandas as pd
 
 from anomaly_cvae.errors import DataError
 
+MOST_EXACT_DIGITS = 15
+"""Whole numbers of more digits are not all exact as floats."""
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_BYTES = 1 << 18
 MISSING = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "<NA>", "#N/A", "-nan", "-NaN"})
 """Cells that mean "missing" in a column of x, a condition or a label; kept columns keep them as text."""
 
 _NUMBER = re.compile(r"[-+]?(\d[\d.,]*|[.,]\d+)([eE][-+]?\d+)?")
-_WHOLE = re.compile(r"[-+]?\d+")
-_CODE = re.compile(r"0\d+")
+_WHOLE = r"[-+]?\d+"
+_CODE = r"0\d+"
 _TRUTH = {"true": True, "false": False}
 
 
@@ -96,7 +98,7 @@ def header(path: Path, form: CsvFormat) -> list[str]:
         names = next((line for line in reader if line), [])
     if not names:
         raise DataError(f"{path}: has no line with column names; write it again, or take it away")
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+    names = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)]
     copies = sorted({name for name in names if names.count(name) > 1})
     if copies:
         raise DataError(f"{path}: column names appear more than once: {copies}; rename or drop the copies")
@@ -109,7 +111,7 @@ def read_text(path: Path, form: CsvFormat, rows: int | None, raw: IO[bytes] | No
     Raises
     ------
     ValueError
-        If a line has more cells than there are columns.
+        If a line has more cells than there are columns. Cells that a short one lacks are empty.
     """
     names = header(path, form)
     read: Any = pd.read_csv
@@ -126,7 +128,6 @@ def read_text(path: Path, form: CsvFormat, rows: int | None, raw: IO[bytes] | No
             na_values=[],
             chunksize=rows,
             compression="gzip" if is_gzip(path) else None,
-            skipinitialspace=True,
             low_memory=False,
         )
     if rows is None:
@@ -159,35 +160,49 @@ def typed(cells: pd.Series, form: CsvFormat) -> pd.Series:
     Numbers with leading zeros are codes, and stay text.
     """
     text = _without_missing(cells)
-    levels = pd.unique(text.dropna())
-    if len(levels) and not any(_CODE.fullmatch(level) for level in levels):
-        if all(level.lower() in _TRUTH for level in levels):
-            return text.map(lambda level: _TRUTH[level.lower()], na_action="ignore").astype("boolean")
-        numbers = _numbers(text, form)
-        if numbers is not None:
-            whole = all(_WHOLE.fullmatch(_plain(level, form)) for level in levels)
-            fits = whole and bool(np.nanmax(np.abs(numbers)) < 2**53)
-            return (
-                pd.Series(numbers, index=cells.index).astype("Int64" if np.isnan(numbers).any() else "int64")
-                if fits
-                else pd.Series(numbers, cells.index)
-            )
-    return text if len(levels) else pd.Series(np.nan, index=cells.index)
+    if text.isna().all():
+        return pd.Series(np.nan, index=cells.index)
+    if _any(text.str.fullmatch(_CODE)):
+        return text
+    found = _truth(text)
+    found = _numbers(text, form) if found is None else found
+    return text if found is None else found
 
 
-def as_numbers(cells: pd.Series, form: CsvFormat) -> pd.Series:
-    """A column of text as numbers or truth values, codes too; text if a cell is neither."""
+def as_numbers(cells: pd.Series, form: CsvFormat, start: int = 0) -> pd.Series:
+    """A column of text as numbers, codes too, or as truth values; ``start`` is the number of its first row.
+
+    Raises
+    ------
+    DataError
+        Naming the first cell that is neither.
+    """
     text = _without_missing(cells)
-    levels = {level.lower() for level in pd.unique(text.dropna())}
-    if levels and levels <= set(_TRUTH):
-        return text.map(lambda level: _TRUTH[level.lower()], na_action="ignore").astype("boolean")
-    numbers = _numbers(text, form)
-    return text if numbers is None else pd.Series(numbers, index=cells.index)
+    found = _truth(text)
+    found = _numbers(text, form) if found is None else found
+    if found is not None:
+        return found
+    levels = [str(level) for level in pd.unique(text.dropna())]
+    wrong = next((level for level in levels if _numbers(text[text == level].head(1), form) is None), levels[0])
+    row = start + int(np.flatnonzero((text == wrong).to_numpy(dtype=np.bool_, na_value=False))[0])
+    raise DataError(f"column {cells.name!r} must be numeric but holds text, {wrong!r} in row {row:,}; correct it")
 
 
-def as_levels(cells: pd.Series) -> pd.Series:
-    """A column of text as it stands, missing where it says so."""
-    return _without_missing(cells)
+def as_levels(cells: pd.Series, known: Collection[str] = ()) -> pd.Series:
+    """A column of text: the ``known`` levels as they stand, others without blanks around, missing where it says so."""
+    clean = _without_missing(cells)
+    return clean.where(~cells.isin(list(known)), cells) if known else clean
+
+
+def _truth(text: pd.Series) -> pd.Series | None:
+    present = text.dropna()
+    if present.empty or not present.str.lower().isin(_TRUTH).all():
+        return None
+    return text.map(lambda level: _TRUTH[level.lower()], na_action="ignore").astype("boolean")
+
+
+def _any(matches: pd.Series) -> bool:
+    return bool(matches.fillna(False).astype(bool).any())
 
 
 def _without_missing(cells: pd.Series) -> pd.Series:
@@ -195,7 +210,8 @@ def _without_missing(cells: pd.Series) -> pd.Series:
     return stripped.mask(stripped.isin(MISSING) | stripped.isna(), None)
 
 
-def _numbers(text: pd.Series, form: CsvFormat) -> np.ndarray | None:
+def _numbers(text: pd.Series, form: CsvFormat) -> pd.Series | None:
+    """Whole numbers stay whole, exactly, where cells are missing too; None if a cell is no number."""
     if form.thousands:
         grouped = text.str.contains(form.thousands, regex=False, na=False)
         if not text[grouped].str.fullmatch(_grouped(form)).all():
@@ -203,20 +219,24 @@ def _numbers(text: pd.Series, form: CsvFormat) -> np.ndarray | None:
         text = text.str.replace(form.thousands, "", regex=False)
     if form.decimal not in (None, "."):
         text = text.str.replace(form.decimal, ".", regex=False)
+    missing = text.isna()
     numbers = pd.to_numeric(text, errors="coerce")
-    if numbers.isna().sum() > text.isna().sum():
+    if int(numbers.isna().sum()) > int(missing.sum()):
         return None
-    values: np.ndarray = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
-    return values
+    present = text.dropna()
+    if present.empty or not present.str.fullmatch(_WHOLE).all():
+        return pd.Series(numbers.to_numpy(dtype=np.float64, na_value=np.nan), index=text.index)
+    if int(present.str.len().max()) > MOST_EXACT_DIGITS:
+        if any(abs(int(cell)) >= 2**63 for cell in present):
+            return None  # longer than any number here is exact: an identifier
+        exact = [pd.NA if gone else int(cell) for cell, gone in zip(text, missing, strict=True)]
+        return pd.Series(pd.array(exact, dtype="Int64"), index=text.index)
+    return numbers.astype("Int64" if missing.any() else "int64")
 
 
 def _grouped(form: CsvFormat) -> str:
     mark, decimal = re.escape(form.thousands or ","), re.escape(form.decimal or ".")
     return rf"[-+]?[1-9]\d{{0,2}}({mark}\d{{3}})+({decimal}\d*)?([eE][-+]?\d+)?"
-
-
-def _plain(level: str, form: CsvFormat) -> str:
-    return level.replace(form.thousands, "") if form.thousands else level
 
 
 def _encoding(head: bytes, whole: bool) -> str:

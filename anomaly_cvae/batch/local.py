@@ -19,10 +19,12 @@ import pandas as pd
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.manifest import Entry, Manifest
 from anomaly_cvae.batch.needs import Needs
-from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class
+from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class, partial_of, require_own
 from anomaly_cvae.batch.source import Batch, TableFile, find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
+from anomaly_cvae.fitted import require_contrast
+from anomaly_cvae.inputs import nearest
 
 AHEAD = 2
 """Batches that are read before they are needed."""
@@ -147,14 +149,19 @@ def score_files(
 
     Raises
     ------
+    ConditionError
+        If the contrast is asked for where there is none.
     DataError
         If there is no input, two inputs would become one file, or the output folder is among the inputs.
     OutputError
         If the output cannot be written, or another job writes there; what is finished stays.
     """
     options, output = options or ScoreOptions(), Path(output)
+    if options.contrast:
+        require_contrast(detector.schema_)
     files = find_files(inputs, options.csv_format)
     targets = _targets(files, inputs, output)
+    _require_kept(files, options)
     job = _Job(detector, model_hash, options, on_progress, sum(map(_size, files)))
     with Manifest(output, job.identity) as manifest:
         results = []
@@ -186,6 +193,23 @@ def _targets(files: list[TableFile], inputs: Sequence[str | Path], output: Path)
             )
         targets[output / name] = file.path
     return list(targets)
+
+
+def _require_kept(files: list[TableFile], options: ScoreOptions) -> None:
+    """A column to keep that no file has is misspelt: better said at once than for every file."""
+    if not options.keep:
+        return
+    there: list[str] = []
+    for file in files:
+        try:
+            there = file.columns()
+        except DataError:
+            continue  # it is named when its turn comes
+        if set(options.keep) <= set(there):
+            return
+    absent = [name for name in options.keep if name not in there]
+    if there and absent:
+        raise ParameterError(f"keep: the tables have no column {absent[0]!r}{nearest(absent[0], there)}")
 
 
 class _Job:
@@ -228,6 +252,9 @@ class _Job:
             self.bytes_done += size
             return FileResult(file.path, target, "unchanged", done.rows, done.anomalies, dict(done.classes))
         rows_before = self.rows
+        with _output_faults_named(target):
+            require_own(target)
+            partial_of(target).unlink(missing_ok=True)  # of a job that was killed
         try:
             modified = _modified(file)
             classes = self._score(file, target, size)

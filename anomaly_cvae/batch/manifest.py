@@ -62,8 +62,7 @@ class Manifest:
                 # Before any output: a kill must not leave files of this model under the name of another one.
                 self._begin()
             self._journal = (self.folder / NAME).open("a", encoding="utf-8")
-            for left in self.folder.rglob(f".*{PARTIAL}"):
-                left.unlink()
+            (self.folder / f".{NAME}{PARTIAL}").unlink(missing_ok=True)
         except BaseException:
             self._release()
             raise
@@ -92,7 +91,7 @@ class Manifest:
 
     def add(self, path: Path, entry: Entry) -> None:
         """Note a finished file, at once and for good."""
-        self.entries[key_of(path)] = entry
+        self._take(key_of(path), entry)
         self._append({"file": key_of(path), **asdict(entry)})
 
     def drop(self, path: Path, output: Path) -> None:
@@ -145,7 +144,14 @@ class Manifest:
             self.entries.pop(line["dropped"], None)
             return
         name = line.pop("file")
-        self.entries[name] = Entry(**{**line, "classes": {c: (n, a) for c, (n, a) in line["classes"].items()}})
+        self._take(name, Entry(**{**line, "classes": {c: (n, a) for c, (n, a) in line["classes"].items()}}))
+
+    def _take(self, name: str, entry: Entry) -> None:
+        """One output is of one input: of the last that was written there."""
+        others = [other for other, known in self.entries.items() if known.output == entry.output]
+        for other in others:
+            del self.entries[other]
+        self.entries[name] = entry
 
 
 def key_of(path: Path) -> str:

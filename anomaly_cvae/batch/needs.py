@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,10 @@ LEAST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
 
 @dataclass(frozen=True)
 class Needs:
-    """Columns of x and conditions by name; ``text`` are those whose levels were text in training."""
+    """Columns of x and conditions by name; ``text`` holds the levels of those that were text in training."""
 
     names: tuple[Name, ...]
-    text: frozenset[str]
+    text: Mapping[str, frozenset[str]]
     ignored: frozenset[str]
 
     @classmethod
@@ -51,7 +51,7 @@ class Needs:
     @property
     def numbers(self) -> frozenset[str]:
         """Columns that are numbers or truth values."""
-        return frozenset(self.columns) - self.text
+        return frozenset(self.columns) - self.text.keys()
 
     def batches(self, file: TableFile, kept: Sequence[str] = ()) -> Iterator[Batch]:
         """The needed and the kept columns of a file, some rows at a time.
@@ -70,8 +70,12 @@ class Needs:
         return frame[self.columns].set_axis(list(self.names), axis=1)
 
 
-def text_columns(schema: Schema) -> frozenset[str]:
-    """Columns and conditions whose levels were text in training: 007 is no 7 there."""
+def text_columns(schema: Schema) -> dict[str, frozenset[str]]:
+    """Columns and conditions whose levels were text in training, with these: 007 is no 7 there."""
     levels = {str(c.name): c.levels for c in schema.columns}
     levels |= {str(c.name): c.levels for c in schema.categorical_conditions}
-    return frozenset(n for n, own in levels.items() if own and all(isinstance(level, str) for level in own))
+    return {
+        name: frozenset(map(str, own))
+        for name, own in levels.items()
+        if own and all(isinstance(level, str) for level in own)
+    }

@@ -12,7 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from anomaly_cvae.detector import UNKNOWN_CLASS
-from anomaly_cvae.errors import MissingDependencyError
+from anomaly_cvae.errors import MissingDependencyError, OutputError
 
 PARTIAL = ".partial"
 MISSING = "(missing)"
@@ -41,7 +41,7 @@ class ScoredFile:
 
     def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
         self.path, self.metadata = path, dict(metadata)
-        self.partial = path.with_name(f".{path.name}{PARTIAL}")
+        self.partial = partial_of(path)
         self.writer: Any = None
         self.waiting: list[Any] = []
         self.n_waiting = 0
@@ -92,6 +92,29 @@ class ScoredFile:
             with suppress(OSError):  # the disk that made this file fail also refuses its footer
                 self.writer.close()
         self.partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where a scored file is written before it takes its place."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def require_own(path: Path) -> None:
+    """Raise unless nothing stands at ``path``, or a scored file does.
+
+    Raises
+    ------
+    OutputError
+        If it would be somebody else's file that is replaced.
+    """
+    if not path.exists():
+        return
+    try:
+        own = any(name.startswith("anomaly_cvae.") for name in metadata_of(path))
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        raise OutputError(f"{path}: stands there and is no scored file; take it away, or choose another output folder")
 
 
 def _scored(cells: pd.Series) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
+import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -62,11 +64,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Columns to read: those for the ``model``, of which ``text`` ones are no numbers, and those to be ``kept``."""
+    """Columns to read: those for the ``model``, and those to be ``kept``.
+
+    ``text`` maps the model's columns that are no numbers to the levels that it knows.
+    """
 
     model: Sequence[str]
     kept: Sequence[str] = ()
-    text: Collection[str] = ()
+    text: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -201,7 +206,9 @@ class TableFile:
             for cells in read_text(self.path, form, rows, raw):
                 frame = pd.DataFrame(
                     {
-                        name: as_levels(cells[name]) if name in wanted.text else as_numbers(cells[name], form)
+                        name: as_levels(cells[name], wanted.text[name])
+                        if name in wanted.text
+                        else as_numbers(cells[name], form, start)
                         for name in wanted.model
                     },
                     index=cells.index,
@@ -219,8 +226,12 @@ class TableFile:
             if path.stat().st_size == 0:
                 raise DataError(f"{path}: the file is empty (0 bytes); write it again, or take it away")
             yield
-        except (DataError, MissingDependencyError):
+        except MissingDependencyError:
             raise
+        except DataError as error:
+            if str(path) in str(error):
+                raise
+            raise DataError(f"{path}: {error}") from error
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file") from error
         except PermissionError as error:
@@ -287,8 +298,27 @@ def _expand(given: str | Path) -> tuple[Path | None, list[Path]]:
 
 
 def _below(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in files if _is_visible(file.relative_to(folder)) and kind_of(file))
+    """Tables below a folder, linked folders too, each once."""
+    found: list[Path] = []
+    passed_over: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files = [Path(place, name) for name in names]
+        visible = [file for file in files if _is_visible(file.relative_to(folder))]
+        found += [file for file in visible if kind_of(file)]
+        passed_over += [file for file in visible if not kind_of(file)]
+    if passed_over:
+        warnings.warn(
+            f"{folder}: {len(passed_over):,} file(s) passed over, no tables by their names (such as "
+            f"{min(passed_over).name})",
+            stacklevel=2,
+        )
+    return sorted(found)
 
 
 def _is_visible(path: Path) -> bool:
@@ -299,13 +329,13 @@ def read_table(
     inputs: Sequence[str | Path] | str | Path,
     csv_format: CsvFormat | None = None,
     *,
-    text: Collection[str] = (),
+    text: Mapping[str, Collection[str]] | None = None,
     numbers: Collection[str] = (),
 ) -> pd.DataFrame:
     """Every table found at ``inputs``, one below the other.
 
-    Cells of CSV files become what their column holds in all files together; ``text`` and ``numbers`` name
-    columns for which that is known.
+    Cells of CSV files become what their column holds in all files together. ``text`` (with the levels that
+    are known) and ``numbers`` name columns for which that is clear.
 
     Raises
     ------
@@ -323,9 +353,9 @@ def read_table(
     forms = [file.resolved_format() if file.kind == "csv" else None for file in files]
     marks = {(form.decimal, form.thousands) if form else None for form in forms}
     if len(marks) > 1:  # numbers are written differently, or are no text at all
-        typed_apart = [_typed(frame, form, text, numbers) for frame, form in zip(frames, forms, strict=True)]
+        typed_apart = [_typed(frame, form, text or {}, numbers) for frame, form in zip(frames, forms, strict=True)]
         return _one_below_the_other(typed_apart)
-    return _typed(_one_below_the_other(frames), forms[0], text, numbers)
+    return _typed(_one_below_the_other(frames), forms[0], text or {}, numbers)
 
 
 def _one_below_the_other(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -335,14 +365,14 @@ def _one_below_the_other(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _typed(
-    frame: pd.DataFrame, form: CsvFormat | None, text: Collection[str], numbers: Collection[str]
+    frame: pd.DataFrame, form: CsvFormat | None, text: Mapping[str, Collection[str]], numbers: Collection[str]
 ) -> pd.DataFrame:
     if form is None:
         return frame
 
     def known(name: str) -> Callable[[pd.Series], pd.Series]:
         if name in text:
-            return as_levels
+            return lambda cells: as_levels(cells, text[name])
         return (lambda cells: as_numbers(cells, form)) if name in numbers else (lambda cells: typed(cells, form))
 
     return pd.DataFrame({name: known(str(name))(frame[name]) for name in frame.columns}, index=frame.index)

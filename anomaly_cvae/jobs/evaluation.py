@@ -15,7 +15,7 @@ from anomaly_cvae.errors import DataError, TrackingError
 from anomaly_cvae.jobs.config import TableConfig
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows
 from anomaly_cvae.jobs.models import OpenModel
-from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for
+from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for, with_known_label
 from anomaly_cvae.labels import Labels
 from anomaly_cvae.metrics import Evaluation
 
@@ -82,9 +82,10 @@ def evaluate_model(model: OpenModel, config: TableConfig, *, log: bool = True, l
     DataError
         If the table or its labels cannot be used.
     """
+    config = with_known_label(config, model.folder)
     if config.label is None:
         raise DataError("evaluate needs to know which rows are anomalies: give the label's column (--label)")
-    frame = read_for(model.detector, config)
+    frame = read_for(model, config)
     evaluated = evaluate_rows(model.detector, frame, read_config_labels(frame, config))
     if not log:
         return evaluated
@@ -108,7 +109,7 @@ def _log(model: OpenModel, config: TableConfig, frame: pd.DataFrame, evaluated: 
         alarm_columns=evaluated.explanation.alarm_columns,
     )
     parameters = {"model": model.name, "model_sha256": model.sha256, "data": source, "label": evaluated.label_rule}
-    with child_run(model, f"evaluate {Path(config.data[0]).name}", "evaluate", parameters) as run_id:
+    with child_run(model, f"evaluate {model.label} on {Path(config.data[0]).name}", "evaluate", parameters) as run_id:
         tracking.log_evaluation(model.detector, evaluated.evaluation)
         tracking.log_extras(extras)
         tracking.describe("\n".join([tracking.said_of(evaluated.evaluation), "", f"Model: `{model.name}`"]))

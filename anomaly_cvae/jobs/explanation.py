@@ -14,6 +14,7 @@ from anomaly_cvae.batch.needs import Needs
 from anomaly_cvae.batch.source import find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
+from anomaly_cvae.explain import COMBINATION, KL
 from anomaly_cvae.fitted import can_contrast
 from anomaly_cvae.frames import BoolArray
 from anomaly_cvae.jobs.models import OpenModel
@@ -56,7 +57,11 @@ class Explanation:
 
 
 def _in_words(column: Mapping[Any, Any]) -> str:
-    """``speed 2,833 (expected 1,474; 1,365 … 1,583): +17.3 nats``."""
+    """``speed 2,833 (expected 1,474; 1,365 … 1,583): +17.3 nats``; empty for what is no reason."""
+    if column["excess_nats"] <= 0 and column["rank"] > 1:
+        return ""
+    if column["column"] == KL:
+        return f"{COMBINATION}: {column['excess_nats']:+.1f} nats"
     between = "" if pd.isna(column["low"]) else f"; {column['low']:,.4g} … {column['high']:,.4g}"
     observed, expected = (
         f"{v:,.5g}" if isinstance(v, float) else str(v) for v in (column["observed"], column["expected"])
@@ -132,7 +137,10 @@ def explain_tables(
     kept: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     alarms: list[pd.DataFrame] = []
     first = n_alarms = 0
-    for file in find_files(list(inputs), csv_format):
+    files = find_files(list(inputs), model.csv_format(csv_format or CsvFormat()))
+    starts: list[int] = []
+    for file in files:
+        starts.append(first)
         for batch in needs.batches(file):
             frame = needs.table(batch.frame)
             frame = frame.set_axis(pd.RangeIndex(first, first + len(frame)), axis=0)
@@ -148,6 +156,10 @@ def explain_tables(
     _require_rows(asked, first)
     frame, scored = (pd.concat(parts) for parts in zip(*kept, strict=True))
     described, columns = describe(detector, frame, scored, n_columns)
+    if len(files) > 1:
+        places = np.searchsorted(starts, described["row"].to_numpy(dtype=np.int64), side="right") - 1
+        described["file"] = [str(files[place].path) for place in places]
+        described["row_in_file"] = described["row"].to_numpy(dtype=np.int64) - np.array(starts)[places]
     return Explanation(described, columns, merged(alarms), first, n_alarms)
 
 

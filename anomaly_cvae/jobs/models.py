@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anomaly_cvae import bundle
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import BundleError
 from anomaly_cvae.tracking import fetch_bundle
@@ -24,6 +26,18 @@ class OpenModel:
     detector: CVAEDetector
     sha256: str
     run_id: str | None
+
+    @property
+    def label(self) -> str:
+        """A short name for people: the folder's, or the URI's last part."""
+        return bundle.provenance(self.folder).get("name") or Path(self.name).name
+
+    def csv_format(self, given: CsvFormat) -> CsvFormat:
+        """``given``, with the number marks of the training table where they were unusual and none are given."""
+        marks = json.loads(bundle.provenance(self.folder).get("csv", "{}"))
+        if not marks or given.decimal is not None or given.thousands is not None:
+            return given
+        return replace(given, **marks)
 
     @property
     def is_local(self) -> bool:
@@ -48,8 +62,16 @@ def open_model(name: str, *, device: str = "auto", **policies: str) -> OpenModel
             raise BundleError(f"{name} is not a model: MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
         if not folder.is_dir():
             raise BundleError(f"{name}: no such folder; MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
-    detector = CVAEDetector.load(folder, device=device)
+    detector, sha256 = _load(folder, device)
     detector.set_params(**policies)
-    return OpenModel(
-        name, folder, detector, bundle.model_hash(folder), run_id or bundle.provenance(folder).get("run_id")
-    )
+    return OpenModel(name, folder, detector, sha256, run_id or bundle.provenance(folder).get("run_id"))
+
+
+def _load(folder: Path, device: str) -> tuple[CVAEDetector, str]:
+    """The detector and the hash of what was loaded, should the folder be replaced at this very moment."""
+    for _ in range(3):
+        sha256 = bundle.model_hash(folder)
+        detector = CVAEDetector.load(folder, device=device)
+        if bundle.model_hash(folder) == sha256:
+            return detector, sha256
+    raise BundleError(f"{folder} is being written to again and again; try later")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +42,8 @@ def score_tables(
     DataError, OutputError
         As `score_files` does.
     """
+    options = options or ScoreOptions()
+    options = replace(options, csv_format=model.csv_format(options.csv_format))
     summary = score_files(
         model.detector, inputs, output, model_hash=model.sha256, options=options, on_progress=on_progress
     )
@@ -74,7 +76,7 @@ def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: S
         columns=["file", "status", "rows", "anomalies", "seconds", "error"],
     )
     status = {name: int((files["status"] == name).sum()) for name in ("scored", "unchanged", "failed")}
-    with child_run(model, f"score {Path(inputs[0]).name}", "score", parameters) as run_id:
+    with child_run(model, f"score {Path(inputs[0]).name} with {model.label}", "score", parameters) as run_id:
         tracking.log_numbers(
             {
                 "rows": summary.rows,

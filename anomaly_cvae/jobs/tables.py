@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pandas as pd
 
+from anomaly_cvae import bundle
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import Needs
-from anomaly_cvae.batch.source import read_table
+from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.inputs import nearest
 from anomaly_cvae.jobs.config import TableConfig
+from anomaly_cvae.jobs.models import OpenModel
 from anomaly_cvae.labels import Labels, read_labels
 
 
@@ -32,7 +38,7 @@ def read_config_labels(frame: pd.DataFrame, config: TableConfig, *, strict: bool
     return read_labels(frame[config.label], config.label, config.anomaly, config.normal, strict=strict)
 
 
-def read_for(detector: CVAEDetector, config: TableConfig) -> pd.DataFrame:
+def read_for(model: OpenModel, config: TableConfig) -> pd.DataFrame:
     """A table for a model that is there: its columns mean what they did in training, whatever they look like here.
 
     Raises
@@ -40,8 +46,21 @@ def read_for(detector: CVAEDetector, config: TableConfig) -> pd.DataFrame:
     DataError
         If a file cannot be read.
     """
-    needs = Needs.of(detector)
-    return read_table(config.data, csv_format(config), text=needs.text, numbers=needs.numbers)
+    needs = Needs.of(model.detector)
+    return read_table(config.data, model.csv_format(csv_format(config)), text=needs.text, numbers=needs.numbers)
+
+
+def with_known_label(config: TableConfig, folder: Path) -> TableConfig:
+    """The label and its rule as training was told them, where the configuration does not say.
+
+    A rule is taken over only for the same label.
+    """
+    told = json.loads(bundle.provenance(folder).get("label", "{}"))
+    if not told.get("label") or (config.label is not None and config.label != told["label"]):
+        return config
+    if config.anomaly is not None or config.normal is not None:
+        return config
+    return config.model_copy(update=told)
 
 
 def require(frame: pd.DataFrame, names: list[str], role: str) -> None:
@@ -68,3 +87,12 @@ def model_columns(detector: CVAEDetector, frame: pd.DataFrame) -> pd.DataFrame:
     needs = Needs.of(detector)
     require(frame, needs.columns, "model")
     return needs.table(frame)
+
+
+def digest(inputs: list[str]) -> str:
+    """SHA-256 over the files, in their order."""
+    total = hashlib.sha256()
+    for file in find_files(inputs):
+        with file.path.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from anomaly_cvae import bundle
@@ -12,7 +14,8 @@ from anomaly_cvae.errors import DataError, ParameterError, TrackingError
 from anomaly_cvae.jobs.config import TableConfig
 from anomaly_cvae.jobs.models import OpenModel
 from anomaly_cvae.jobs.runs import child_run
-from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for
+from anomaly_cvae.jobs.tables import digest, model_columns, read_config_labels, read_for, with_known_label
+from anomaly_cvae.labels import ANOMALY, LEFT_OUT, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,24 @@ def recalibrate_model(
 
 
 def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
-    frame = read_for(model.detector, config)
+    """The rows of a table that are not labelled as anomalies; by the label of the training, unless another is named."""
+    frame = read_for(model, config)
     rows = model_columns(model.detector, frame)
-    if config.label is None:
+    if bundle.provenance(model.folder).get("data_sha256") == digest(config.data):
+        warnings.warn(
+            "these are the rows that the model was trained on: thresholds from them promise nothing", stacklevel=2
+        )
+    known = with_known_label(config, model.folder)
+    if known.label is None or (config.label is None and known.label not in frame.columns):
         return rows
-    labels = read_config_labels(frame, config, strict=False)
-    normals = rows[(labels.is_known & ~labels.is_anomaly)]
+    labels = read_config_labels(frame, known, strict=False)
+    # Who names the label means the rows labelled normal; a label known from training only takes anomalies away.
+    unwanted = [ANOMALY, LEFT_OUT] if config.label is None else [ANOMALY, LEFT_OUT, UNKNOWN]
+    kept = np.flatnonzero(~np.isin(labels.status, unwanted))
+    normals = rows.iloc[kept]
     if not len(normals):
         raise DataError(f"no row is labelled normal ({labels.rule})")
+    warnings.warn(f"{labels.count(ANOMALY):,} rows are left out as anomalies: {labels.rule}", stacklevel=2)
     return normals
 
 
@@ -98,9 +111,11 @@ def _log(
 
     source = ", ".join(config.data) if config else "the stored reference scores"
     parameters = {"model": model.name, "model_sha256_before": model.sha256, "data": source}
-    with child_run(model, "recalibrate", "recalibrate", parameters) as run_id:
+    with child_run(model, f"recalibrate {model.label}", "recalibrate", parameters) as run_id:
         datasets = [] if normals is None else [tracking.DataSet(normals, source, "calibration")]
         extras = tracking.Extras(datasets=datasets)
         logged = tracking.log_detector(model.detector, None, extras, saved=done.folder, register_as=register_as)
-        bundle.annotate(done.folder, {"run_id": run_id, "tracking_uri": tracking.use_store()})
+        # Runs that use the model go below the one that trained it, whoever set its thresholds.
+        first = {} if bundle.provenance(done.folder).get("run_id") else {"run_id": run_id}
+        bundle.annotate(done.folder, {"recalibration_run_id": run_id, **first})
     return replace(done, run_id=run_id, model_uri=logged.uri, version=logged.version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from anomaly_cvae import bundle
+from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import text_columns
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
@@ -24,7 +25,7 @@ from anomaly_cvae.frames import IntArray
 from anomaly_cvae.jobs.config import TrainConfig
 from anomaly_cvae.jobs.evaluation import Evaluated, evaluate_rows, score_in_chunks
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows
-from anomaly_cvae.jobs.tables import csv_format, read_config_labels, require
+from anomaly_cvae.jobs.tables import csv_format, digest, read_config_labels, require
 from anomaly_cvae.labels import ANOMALY, LEFT_OUT, NORMAL, UNKNOWN, Labels
 from anomaly_cvae.schema import Schema
 from anomaly_cvae.scoring import resolve_device
@@ -49,6 +50,7 @@ class Plan:
     test: IntArray
     test_labels: Labels | None
     notes: list[str]
+    data_sha256: str
     seconds: float
 
     @property
@@ -121,8 +123,23 @@ def prepare(config: TrainConfig) -> Plan:
         notes.append(f"evaluated on {', '.join(config.test_data)}, where {test_labels.rule}")
     _check_test_rows(schema, test_frame, test)
     notes += _format_notes(config)
+    if config.folder.exists():
+        notes.append(f"the model in {config.folder} will be replaced")
+    data_sha256 = digest(config.data)
+    if config.test_data and digest(config.test_data) == data_sha256:
+        notes.append("the rows to evaluate on are those that are learned from: the figures will flatter")
     return Plan(
-        config, detector, frame, schema, training, test_frame, test, test_labels, notes, time.perf_counter() - started
+        config=config,
+        detector=detector,
+        frame=frame,
+        schema=schema,
+        training=training,
+        test_frame=test_frame,
+        test=test,
+        test_labels=test_labels,
+        notes=notes,
+        data_sha256=data_sha256,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -149,7 +166,7 @@ def _read_test(config: TrainConfig, schema: Schema) -> tuple[pd.DataFrame, Label
         raise DataError("test_data is for evaluation: say which column is the label")
     text = text_columns(schema)
     known = {*map(str, schema.names), *(str(condition.name) for condition in schema.conditions)}
-    frame = read_table(config.test_data, csv_format(config), text=text, numbers=known - text)
+    frame = read_table(config.test_data, csv_format(config), text=text, numbers=known - text.keys())
     return frame, read_config_labels(frame, config)
 
 
@@ -279,20 +296,22 @@ def _provenance(plan: Plan) -> dict[str, str]:
         "trained_at": now(),
         "trained_by": who(),
         "data": ", ".join(plan.config.data),
-        "data_sha256": digest(plan.config.data),
+        "data_sha256": plan.data_sha256,
+        "csv": json.dumps(_unusual_marks(plan.config)),
         "training_rows": str(len(plan.training)),
         "experiment": plan.config.experiment_name,
         "log_rows": "yes" if plan.config.log_rows else "no",
+        "label": json.dumps(plan.config.model_dump(include={"label", "anomaly", "normal"})),
     }
 
 
-def digest(inputs: list[str]) -> str:
-    """SHA-256 over the files, in their order."""
-    total = hashlib.sha256()
-    for file in find_files(inputs):
-        with file.path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+def _unusual_marks(config: TrainConfig) -> dict[str, str]:
+    """Number marks of the CSV files, where they are not the usual ones: 2.547 may be two thousand there."""
+    for file in find_files(config.data, csv_format(config)):
+        form = file.resolved_format() if file.kind == "csv" else CsvFormat()
+        if form.decimal == "," or form.thousands:
+            return {"decimal": form.decimal or ".", "thousands": form.thousands or ""}
+    return {}
 
 
 class _Tracking:

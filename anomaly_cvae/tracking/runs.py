@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae import metrics, plots
+from anomaly_cvae import explain, metrics, plots
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.tracking.store import metric_name, mlflow
 
@@ -210,7 +210,7 @@ def alarm_lines(
     for name, own in list(alarm_columns.groupby("class", sort=False))[:MAX_CLASSES_IN_SUMMARY]:
         alarms = int(own["alarms"].iloc[0])
         first = own.head(columns_per_class).to_dict(orient="records")
-        top = ", ".join(f"`{row['column']}` {row['top'] / alarms:.0%}" for row in first if row["top"])
+        top = ", ".join(f"`{explain.called(row['column'])}` {row['top'] / alarms:.0%}" for row in first if row["top"])
         lines.append(f"- **{name}**, {alarms:,} alarms: {top}")
     return lines
 

@@ -68,8 +68,24 @@ def use_store(experiment: str | None = None, folder: Path = FOLDER) -> str:
         # The whole path: MLflow keeps one store per URI, whatever the current folder has become.
         client.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     if experiment is not None:
-        _use_experiment(client, experiment, None if own else folder)
+        with _one_at_a_time(None if own else folder):
+            _use_experiment(client, experiment, None if own else folder)
     return str(client.get_tracking_uri())
+
+
+@contextmanager
+def _one_at_a_time(folder: Path | None) -> Iterator[None]:
+    """Two processes must not both make the database of a fresh folder."""
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        folder = None
+    if folder is None:
+        yield
+        return
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _use_experiment(client: Any, name: str, folder: Path | None) -> None:
