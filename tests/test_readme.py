@@ -17,7 +17,7 @@ def example(tmp_path_factory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         exec(code.group(1), names)
-        names["saved"] = Path("pumps").resolve()
+        names["saved"] = Path("machines").resolve()
     return names
 
 
