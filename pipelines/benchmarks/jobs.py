@@ -117,9 +117,9 @@ def tracking(folder: Path) -> list[str]:
     return [
         "## Training with tracking on and off",
         "",
-        "`anomaly-cvae train` on 10,000 rows of 7 columns, whole commands; the very first also makes the MLflow database. What "
-        "tracking costs does not grow with the training: it is the import of MLflow, its database, the pictures and the copy "
-        "of the model.",
+        "`anomaly-cvae train` on 10,000 rows of 7 columns, whole commands; the very first also makes the MLflow "
+        "database. What tracking costs does not grow with the training: it is the import of MLflow, its database, the "
+        "pictures and the copy of the model.",
         "",
         "| training | round | without | with a run | difference | ratio |",
         "|---|---|---|---|---|---|",
