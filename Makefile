@@ -62,7 +62,7 @@ bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/b
 bench-tables: $(VENV)/.installed  ## Measure detection on conditional tables in DATA=FOLDER; writes docs/benchmarks/tables.md (about 40 minutes)
 	$(BIN)/python pipelines/benchmarks/tables.py $(DATA)
 
-drill-kill: $(VENV)/.installed  ## Kill a scoring job 60 times, resume it, and compare the output (about 6 minutes)
+drill-kill: $(VENV)/.installed  ## Kill scoring jobs, resume them and compare the output, 30 times (about 7 minutes)
 	$(BIN)/python pipelines/drill_kill.py
 
 clean:  ## Remove what can be made again
