@@ -167,7 +167,7 @@ class _Loop:
             self.raise_diverged(step, batch, terms, loss)
         self.optimizer.zero_grad(set_to_none=True)
         # Members share no parameter, so the gradient of the sum is each member's own gradient.
-        (loss.sum() / terms.log_prob.shape[-1]).backward()  # type: ignore[no-untyped-call]
+        (loss.sum() / terms.log_prob.shape[-1]).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         self.clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)

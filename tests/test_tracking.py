@@ -301,7 +301,7 @@ def test_a_store_of_no_known_kind_is_one_clear_error(monkeypatch):
 
 @pytest.mark.usefixtures("in_store")
 def test_a_fault_inside_a_run_marks_it_as_failed():
-    with pytest.raises(TrackingError, match="disk full"), tracking.faults_named():  # noqa: SIM117
+    with pytest.raises(TrackingError, match="disk full"), tracking.faults_named():  # noqa: SIM117  # the run closes first
         with tracking.start_run("broken") as run_id:
             raise OSError("disk full")
     assert mlflow.MlflowClient().get_run(run_id).info.status == "FAILED"
