@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from anomaly_cvae.calibration import Calibration, Reference
+from anomaly_cvae.calibration import Calibration, PartsShape, Reference
 from anomaly_cvae.encoding import ClassScaling, Encoder
 from anomaly_cvae.errors import BundleError
 from anomaly_cvae.fitted import FittedModel
@@ -25,8 +25,8 @@ from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import AggregatePosterior
 from anomaly_cvae.scoring import ScoringEngine
 
-FORMAT_VERSION = 2
-"""2: thresholds say who set them. Format 1 is read, too."""
+FORMAT_VERSION = 3
+"""2: thresholds say who set them. 3: images. Formats 1 and 2 are read, too."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"
@@ -110,7 +110,8 @@ def load(path: str | Path, device: torch.device) -> Bundle:
     check(folder)
     description, detector = _read_json(folder / MODEL), _read_json(folder / DETECTOR)
     encoder = Encoder.from_json(description["encoder"])
-    engine = _load_engine(description, encoder, load_file(folder / WEIGHTS), device)
+    weights = _in_todays_names(load_file(folder / WEIGHTS))
+    engine = _load_engine(description, encoder, weights, device)
     frequency = np.array(description["class_frequency"])
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in detector["layout"].items()}
     layout = Layout(**plain)
@@ -223,6 +224,8 @@ def _write(bundle: Bundle, folder: Path) -> None:
         },
     )
     arrays: dict[str, Any] = {"typical_nats": calibration.typical_nats}
+    if calibration.parts is not None:
+        arrays |= {"parts_center": calibration.parts.center, "parts_precision": calibration.parts.precision}
     for kind, reference in calibration.references.items():
         arrays |= reference.to_arrays(kind)
     np.savez_compressed(folder / SCORES, **arrays)
@@ -245,7 +248,8 @@ def _load_engine(
     description: Mapping[str, Any], encoder: Encoder, weights: dict[str, torch.Tensor], device: torch.device
 ) -> ScoringEngine:
     shape = description["architecture"]
-    model = CVAE(Architecture(**{**shape, "hidden_dims": tuple(shape["hidden_dims"])}), encoder.columns)
+    tuples = {name: tuple(shape[name]) for name in ("hidden_dims", "channels") if name in shape}
+    model = CVAE(Architecture(**{**shape, **tuples}), encoder.columns)
     dtype = weights["noise"].dtype
     model.to(dtype=dtype).load_state_dict(_with_prefix(weights, "model."))
     aggregate = None
@@ -254,6 +258,8 @@ def _load_engine(
         aggregate.load_state_dict(_with_prefix(weights, "aggregate."))
         aggregate = aggregate.to(device)
     table, scaling = weights.get("class_table"), None
+    if table is not None:
+        model.class_table = table
     if "class_scale" in weights:
         scaling = ClassScaling(weights["class_center"].numpy(), weights["class_scale"].numpy())
     return ScoringEngine(
@@ -265,6 +271,16 @@ def _load_engine(
         aggregate=aggregate,
         scaling=scaling,
     )
+
+
+def _in_todays_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of formats 1 and 2 under the names of format 3."""
+    new = {"model.encoder.": "model.encoder.mlp.", "model.decoder.": "model.decoder.mlp."}
+    renamed = {}
+    for name, value in weights.items():
+        old = next((prefix for prefix in new if name.startswith((f"{prefix}layers.", f"{prefix}skip"))), None)
+        renamed[name if old is None else name.replace(old, new[old], 1)] = value
+    return renamed
 
 
 def _with_prefix(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -283,6 +299,8 @@ def _load_calibration(folder: Path) -> Calibration:
     with np.load(folder / SCORES, allow_pickle=False) as arrays:
         references = {kind: Reference.from_arrays(kind, arrays) for kind in described.pop("kinds")}
         described["typical_nats"] = arrays["typical_nats"]
+        if "parts_center" in arrays:
+            described["parts"] = PartsShape(arrays["parts_center"], arrays["parts_precision"])
     return Calibration(references, **{**described, "group_names": tuple(described["group_names"])})
 
 

@@ -31,13 +31,15 @@ LEAST_ROWS_TO_BORROW = 5
 """With fewer calibration rows a class does not know where its own scores lie, and nothing is promised."""
 LEAST_SCALE = 0.1
 """Nats; a spread of normal scores below this is no scale to measure anything by."""
+LEAST_ROWS_OF_PARTS = 20
+"""A class with fewer calibration rows is given the spread of all of them."""
 MAX_POOLED_ROWS = 2_000
 """Rows of one class in the pool that small classes borrow."""
 
 
-def missing_levels(n_columns: int) -> IntArray:
-    """Numbers of missing cells for which reference scores are kept: every tenth of the columns."""
-    return np.unique(np.round(np.linspace(0, n_columns, MAX_LEVELS))).astype(np.int64)
+def missing_levels(n_columns: int, few: bool = False) -> IntArray:
+    """Numbers of missing cells for which reference scores are kept: every tenth of the columns, or every half."""
+    return np.unique(np.round(np.linspace(0, n_columns, 3 if few else MAX_LEVELS))).astype(np.int64)
 
 
 def hide_cells(observed: BoolArray, n_missing: int, rng: np.random.Generator) -> BoolArray:
@@ -249,6 +251,41 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class PartsShape:
+    """A normal distribution of the parts of the negative ELBO, per class: center (K, P), precision (K, P, P).
+
+    Reconstruction, KL and the size and width of the posterior each say something of their own; their sum
+    hides an image that is too simple. After Zhang, Lehmann and Zhao (2024), who fit a density to such parts.
+    """
+
+    center: FloatArray
+    precision: FloatArray
+
+    def distance(self, parts: FloatArray, classes: IntArray) -> FloatArray:
+        """Half the squared Mahalanobis distance of the parts (N, P) from those of normals, (N,), nats."""
+        away = parts - self.center[classes]
+        squared: FloatArray = np.einsum("np,npq,nq->n", away, self.precision[classes], away)
+        return 0.5 * squared
+
+
+def fit_parts(parts: FloatArray, classes: IntArray, n_classes: int) -> PartsShape:
+    """Fit a normal distribution to the parts (N, P) of every class; small classes share one spread."""
+    n_parts = parts.shape[1]
+    everyone = _mean_and_covariance(parts)
+    centers, precisions = [], []
+    for k in range(n_classes):
+        own = parts[classes == k]
+        center, covariance = _mean_and_covariance(own) if len(own) > LEAST_ROWS_OF_PARTS else everyone
+        centers.append(center)
+        precisions.append(np.linalg.inv(covariance + 1e-6 * np.diag(np.diag(covariance)) + 1e-9 * np.eye(n_parts)))
+    return PartsShape(np.stack(centers), np.stack(precisions))
+
+
+def _mean_and_covariance(parts: FloatArray) -> tuple[FloatArray, FloatArray]:
+    return parts.mean(axis=0), np.atleast_2d(np.cov(parts, rowvar=False))
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Reference scores of each kind of score, and the rule that makes thresholds of them.
 
@@ -267,6 +304,7 @@ class Calibration:
     tolerance: float
     typical_nats: FloatArray
     set_by: str = ""
+    parts: PartsShape | None = None
 
     @cached_property
     def typical_kl(self) -> FloatArray:

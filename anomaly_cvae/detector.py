@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_cvae import bundle, explain, generation
 from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
-from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded
+from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, LIKELIHOODS_OF_PIXELS, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
 from anomaly_cvae.fitting import FitSettings, Split, fit_model, now, who
@@ -28,6 +29,8 @@ from anomaly_cvae.inputs import (
     condition_frame,
     feature_frame,
     fill,
+    given_cells,
+    nearest,
     resolve_keys,
     resolve_names,
     shortened,
@@ -35,9 +38,18 @@ from anomaly_cvae.inputs import (
     with_missing,
 )
 from anomaly_cvae.objectives import objective
-from anomaly_cvae.parameters import check_parameters
+from anomaly_cvae.parameters import CHOICES, check_parameters
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
-from anomaly_cvae.schema import Column, Name, Schema, infer_column, infer_condition, observed_classes
+from anomaly_cvae.schema import (
+    Column,
+    Condition,
+    Name,
+    Schema,
+    as_attributes,
+    infer_column,
+    infer_condition,
+    observed_classes,
+)
 from anomaly_cvae.scoring import resolve_device
 from anomaly_cvae.training import Training, TrainingSettings
 
@@ -57,8 +69,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     nats, in expectation an upper bound of -log p(x | c) in the units of x; thresholds are set per class of
     the condition on normals that training has not seen.
 
-    Every method that takes ``X`` takes a pandas frame, an Arrow table or a 2-D array of N rows, and
-    ``condition`` (N,) or (N, Q) if, and only if, `fit` was given one. NaN marks a missing cell.
+    Every method that takes ``X`` takes a pandas frame, an Arrow table, a 2-D array of N rows, or an array
+    of images (N, H, W), (N, H, W, C) or (N, C, H, W), and ``condition`` (N,) or (N, Q) if, and only if,
+    `fit` was given one. NaN marks a missing cell. Cells of a frame may be images, too: arrays, or JPEG or
+    PNG bytes; a masked array (`numpy.ma`) hides pixels.
 
     Parameters
     ----------
@@ -66,7 +80,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     conditioning : "shared" (every network is told c) or "per_class" (one network per class)
     unseen_class : a class not seen in training: "raise", "anomaly" (flagged, scored marginally), "marginal"
     missing_condition : a missing condition: "raise", or "marginal" to score by sum_c p(c) p(x | c)
-    score_kind : what `score_samples` and `predict` use: "elbo", "contrast" (is the condition wrong?) or "both"
+    score_kind : what `score_samples` and `predict` use: "elbo", "contrast" (is the condition wrong?), "both",
+        or "parts" (the parts of the negative ELBO kept apart: is it another kind of data altogether?)
     contamination : "auto": thresholds hold ``false_alarm_rate`` on held-out normals; a float in (0, 0.5]:
         that share of the rows of `fit` is flagged, as elsewhere in scikit-learn
     false_alarm_rate : share of normals, per class, that may be flagged
@@ -74,22 +89,31 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
     likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
-    column_kinds : {column: "real" | "binary" | "categorical" | "count"}, and for conditions
-        "categorical" | "continuous", where the inferred kind (see ``schema_.report()``) is not right
+    column_kinds : {column: "real" | "binary" | "categorical" | "count" | "pixel"}, and for conditions
+        "categorical" | "continuous" | "attribute", where the inferred kind (see ``schema_.report()``) is not
+        right; attributes are two-valued and span no classes
     ignore_columns : columns of X that are neither x nor condition
+    channels : of the convolutions on images, one per halving of height and width
+    condition_on_observed : learn p(hidden | observed, c) for random observed parts of the row: missing cells
+        are then drawn from what the others say, and ``given=`` may be passed; p(z) is learned
+    inference_head : learn q(c | x) as well, which `condition_proba` offers as ``method="head"``
     prior : "aggregate" (at scoring time, the mixture that each class's training posteriors form),
-        "standard" N(0, I) or "learned" p(z | c)
-    objective : "elbo" or "iwae" (``train_samples`` importance samples)
+        "standard" N(0, I), "learned" p(z | c), or "vamp" (a mixture of learned pseudo-inputs' posteriors)
+    objective : "elbo"; "iwae" (``train_samples`` importance samples); "semi_supervised" (rows may lack their
+        condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
     kl_weight : weight of the KL in training; scores always use 1
+    free_bits : nats of KL per latent unit that cost nothing in training
     input_noise : standard deviation of training noise on real columns, in units of the column's own
     mask_rate : share of training rows with a random part of their cells hidden
+    mask_shapes : what of an image is hidden: "quadrants", scattered "cells", or "mixed" (boxes, too)
     scale_floor : least standard deviation of a normal or Student-t head, in units of the column's own
     n_samples : fixed points of z per row at scoring time
     max_steps, batch_size, learning_rate, patience : optimiser steps, rows per network and step, peak of
         AdamW's rate, epochs without a better held-out loss before training stops
     validation_fraction, calibration_fraction : shares of each class kept for early stopping, and for
         thresholds and nothing else
+    checkpoint : file to note progress in, and to continue an interrupted fit of the same rows from
     device : "auto", "cpu", "cuda", "mps"
     dtype : "float32" or "float64"
     random_state : int, RandomState or None; the only source of randomness
@@ -123,12 +147,17 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         likelihoods: str | Mapping[Name, str] = "auto",
         column_kinds: Mapping[Name, str] | None = None,
         ignore_columns: Sequence[Name] | Name | None = None,
+        channels: Sequence[int] = (32, 64),
+        condition_on_observed: bool = False,
+        inference_head: bool = False,
         prior: str = "aggregate",
         objective: str = "elbo",
         train_samples: int = 1,
         kl_weight: float = 1.0,
+        free_bits: float = 0.0,
         input_noise: float = 0.1,
         mask_rate: float = 0.2,
+        mask_shapes: str = "mixed",
         scale_floor: float = 0.08,
         n_samples: int = 4,
         max_steps: int = 2000,
@@ -137,6 +166,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         patience: int = 10,
         validation_fraction: float = 0.1,
         calibration_fraction: float = 0.2,
+        checkpoint: str | Path | None = None,
         device: str = "auto",
         dtype: str = "float32",
         random_state: Any = None,
@@ -155,12 +185,17 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         self.likelihoods = likelihoods
         self.column_kinds = column_kinds
         self.ignore_columns = ignore_columns
+        self.channels = channels
+        self.condition_on_observed = condition_on_observed
+        self.inference_head = inference_head
         self.prior = prior
         self.objective = objective
         self.train_samples = train_samples
         self.kl_weight = kl_weight
+        self.free_bits = free_bits
         self.input_noise = input_noise
         self.mask_rate = mask_rate
+        self.mask_shapes = mask_shapes
         self.scale_floor = scale_floor
         self.n_samples = n_samples
         self.max_steps = max_steps
@@ -169,6 +204,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         self.patience = patience
         self.validation_fraction = validation_fraction
         self.calibration_fraction = calibration_fraction
+        self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
         self.random_state = random_state
@@ -249,26 +285,46 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             raise ParameterError(
                 f"no column is left for x: X has n_features = {features.shape[1]}, all of them conditions or ignored"
             )
-        conditions = tuple(infer_condition(frame[name], name, kinds.get(name)) for name in layout.conditions)
+        may_miss = self.objective == "semi_supervised"
+        conditions = as_attributes(
+            [infer_condition(frame[name], name, kinds.get(name), may_miss) for name in layout.conditions], kinds
+        )
+        self._check_objective(conditions)
         columns = self._infer_columns(frame, names, kinds)
         for column in columns:
             head = likelihoods.get(column.name)
-            if head is not None and head not in LIKELIHOODS_OF_KIND[column.kind]:
+            fitting = LIKELIHOODS_OF_KIND[column.kind]
+            what = f"a {column.kind} column"
+            if column.image is not None:
+                fitting, what = LIKELIHOODS_OF_PIXELS[column.image.pixels], f"an image of {column.image.pixels} pixels"
+            if head is not None and head not in fitting:
                 raise ParameterError(
-                    f"likelihoods[{column.name!r}] is {head!r}, but a {column.kind} column goes with "
-                    f"{' or '.join(LIKELIHOODS_OF_KIND[column.kind])}; set column_kinds to change its kind"
+                    f"likelihoods[{column.name!r}] is {head!r}, but {what} goes with "
+                    f"{' or '.join(fitting)}; set column_kinds to change its kind"
                 )
-        if self.conditioning == "per_class" and any(c.kind == "continuous" for c in conditions):
-            name = next(c.name for c in conditions if c.kind == "continuous")
+        if self.conditioning == "per_class" and any(c.kind != "categorical" for c in conditions):
+            name, kind = next((c.name, c.kind) for c in conditions if c.kind != "categorical")
             raise ParameterError(
-                f"condition {name!r} is continuous and has no classes: use conditioning='shared', or "
+                f"condition {name!r} is {'an attribute' if kind == 'attribute' else kind} and has no classes: use conditioning='shared', or "
                 f"column_kinds={{{name!r}: 'categorical'}}"
             )
         cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
         schema = Schema(columns, conditions, observed_classes(cells, layout.conditions), layout.ignored)
-        if self.score_kind != "elbo":
+        if self.score_kind in ("contrast", "both"):
             require_contrast(schema)
         return schema, likelihoods
+
+    def _check_objective(self, conditions: Sequence[Condition]) -> None:
+        """Raise unless the conditions are what the objective and the inference head need."""
+        if self.objective == "semi_supervised" and [c.kind for c in conditions] != ["categorical"]:
+            raise ParameterError(
+                "objective='semi_supervised' infers one categorical condition where it is missing; there "
+                f"{'are' if len(conditions) != 1 else 'is'} {[f'{c.name} ({c.kind})' for c in conditions] or 'none'}"
+            )
+        if self.inference_head and not any(c.kind != "continuous" for c in conditions):
+            raise ParameterError("inference_head=True infers the condition: it needs a categorical one or attributes")
+        if self.prior == "vamp" and any(c.kind != "categorical" for c in conditions):
+            raise ParameterError("prior='vamp' has pseudo-inputs per class: conditions must be categorical")
 
     def _infer_columns(
         self, frame: pd.DataFrame, names: Sequence[Name], kinds: Mapping[Name, str]
@@ -294,12 +350,13 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             max_steps=self.max_steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            objective=objective(self.objective),
-            train_samples=self.train_samples,
+            objective=objective(self.objective, self.train_samples, self.free_bits),
             kl_weight=self.kl_weight,
             input_noise=self.input_noise,
             mask_rate=self.mask_rate,
+            mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
             patience=self.patience,
+            checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
         )
         return FitSettings(
             conditioning=self.conditioning,  # type: ignore[arg-type]  # checked by check_parameters
@@ -316,6 +373,10 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             device=resolve_device(self.device, dtype),
             dtype=dtype,
             training=training,
+            channels=tuple(self.channels),
+            inference_head=self.inference_head or self.objective == "semi_supervised",
+            condition_on_observed=self.condition_on_observed,
+            with_parts=self.score_kind == "parts",
         )
 
     def _history(self, training: Training) -> pd.DataFrame:
@@ -343,9 +404,26 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         encoded = self._encode(X, condition)
         return -self.model_.scores(encoded, self._kind())
 
-    def negative_elbo(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """Negative ELBO of each row, (N,), nats: higher = more anomalous."""
-        return self.model_.scores(self._encode(X, condition), "elbo")
+    def negative_elbo(self, X: Any, *, condition: Any = None, given: Any = None) -> FloatArray:
+        """Negative ELBO of each row, (N,), nats: higher = more anomalous.
+
+        ``given`` says which cells belong to the condition: the score is then that of the others given
+        these, 0 if all are given. Booleans like X, or {column: booleans}; needs ``condition_on_observed``.
+        """
+        return self.model_.scores(self._encode(X, condition, given), "elbo")
+
+    def negative_log_likelihood(
+        self, X: Any, *, condition: Any = None, given: Any = None, n_samples: int = 100
+    ) -> FloatArray:
+        """-log p(x | c) of each row by importance sampling from q(z | x, c), (N,), nats.
+
+        In expectation it lies between -log p(x | c) and the negative ELBO, nearer to the first with more
+        samples (Burda, Grosse and Salakhutdinov 2016). ``given`` as in `negative_elbo`.
+        """
+        if n_samples < 1:
+            raise ParameterError(f"n_samples must be a whole number from 1 up, not {n_samples}")
+        encoded = self._with_class(self._encode(X, condition, given))
+        return self.model_.engine.negative_log_likelihood(encoded, n_samples)
 
     def contrast(self, X: Any, *, condition: Any = None) -> FloatArray:
         """Negative ELBO under the claimed class less the marginal one, (N,), nats.
@@ -482,19 +560,40 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         alarms = encoded.take(flagged)
         return explain.alarm_columns(self.model_, alarms, names[self.model_.groups(alarms)])
 
-    def sample(self, n: int, *, condition: Any = None, random_state: Any = None) -> Any:
+    def explain_pixels(self, X: Any, *, condition: Any = None, column: Name | None = None) -> FloatArray:
+        """Nats of every pixel of an image column, (N, …) like the images, colours added up: a heat map.
+
+        Their sum is the column's nats in `explain`. ``column`` may be left out where there is one of images.
+
+        Raises
+        ------
+        DataError
+            If the column holds no images.
+        """
+        encoded = self._with_class(self._encode(X, condition))
+        names = [c.name for c in self.schema_.images]
+        if column is None and len(names) == 1:
+            column = names[0]
+        if column not in names:
+            raise DataError(f"explain_pixels: {column!r} is no column of images; there are {names or 'none'}")
+        return explain.pixels(self.model_, encoded, column)
+
+    def sample(
+        self, n: int, *, condition: Any = None, random_state: Any = None, noise: bool = True, same_z: bool = False
+    ) -> Any:
         """Draw ``n`` rows of p(x | c), like X.
 
         ``condition`` is one class for all rows, or one per row; None draws classes as often as they
-        occurred in training.
+        occurred in training. Without ``noise`` cells are what p(x | z, c) expects, not draws of it: images
+        without grain. ``same_z`` gives the i-th row of every class the same z from N(0, I): the same style.
         """
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         conditions = self._conditions_to_sample(n, condition, seed)
         classes, continuous = self._encode_conditions(conditions)
         generator = self.model_.engine.generator(seed)
-        values = generation.sample(self.model_, classes, continuous, generator)
-        return self._like_x(self.model_.encoder.decode(values), conditions)
+        values = generation.sample(self.model_, classes, continuous, generator, noise=noise, same_z=same_z)
+        return self._like_x(self.model_.encoder.decode(values, drawn=noise), conditions)
 
     def reconstruct(self, X: Any, *, condition: Any = None) -> Any:
         """What the model expects of every cell after seeing the row, like X without ignored columns."""
@@ -506,16 +605,151 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         expected = self.model_.encoder.decode(generation.impute(self.model_, self._with_class(encoded)), frame.index)
-        filled = {name: fill(frame[name], expected[name]) for name in self.schema_.names}
+        images = {column.name for column in self.schema_.images}
+        filled = {n: expected[n] if n in images else fill(frame[n], expected[n]) for n in self.schema_.names}
         return self._like_x(pd.DataFrame(filled, index=frame.index), frame)
 
-    def condition_proba(self, X: Any) -> pd.DataFrame:
-        """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at."""
+    def impute_draws(
+        self, X: Any, n: int, *, condition: Any = None, random_state: Any = None, noise: bool = True
+    ) -> Any:
+        """X with its missing cells drawn ``n`` times given the observed ones (multiple imputation), like X.
+
+        N * n rows: the n completions of the first row, then those of the second, and so on. ``noise`` as in
+        `sample`.
+        """
+        encoded, frame = self._encode(X, condition), self._frame(X, condition)
+        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+        generator = self.model_.engine.generator(seed)
+        drawn = generation.impute_draws(self.model_, self._with_class(encoded), n, generator, noise=noise)
+        repeated = frame.loc[frame.index.repeat(n)] if frame.index.is_unique else frame.iloc[_repeat(len(frame), n)]
+        values = drawn.transpose(1, 0, 2).reshape(len(frame) * n, -1)
+        return self._like_x(self.model_.encoder.decode(values, repeated.index, drawn=noise), repeated)
+
+    def impute_intervals(
+        self, X: Any, *, condition: Any = None, coverage: float = 0.9, n_draws: int = 200, random_state: Any = None
+    ) -> pd.DataFrame:
+        """Where each missing number lies: one line per missing cell with ``expected``, ``low`` and ``high``.
+
+        The central ``coverage`` of draws given the observed cells. Of an image with hidden pixels the three
+        are images; of a column with levels, low and high are missing.
+        """
+        if not 0.0 < coverage < 1.0:
+            raise ParameterError(f"coverage must lie in (0, 1), not {coverage}")
+        encoded, frame = self._with_class(self._encode(X, condition)), self._frame(X, condition)
+        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+        return explain.intervals(self.model_, encoded, frame.index, coverage, n_draws, seed)
+
+    def edit(
+        self, X: Any, condition_from: Any = None, condition_to: Any = None, *, keep_detail: bool = False
+    ) -> Any:
+        """The rows of X as they would be under another condition, their style z kept: like X.
+
+        ``condition_from`` is what X is now, where `fit` was given ``condition=`` (else its own columns say
+        so); ``condition_to`` is one condition for all rows, one per row, or a dict {condition: value} of
+        those to change. ``keep_detail`` puts back what the reconstruction lacks of each row.
+
+        Raises
+        ------
+        ConditionError
+            Without a condition, for an unknown one, or in a bank of one network per class, whose latent
+            spaces have nothing to do with each other.
+        """
         check_is_fitted(self)
+        if not self.schema_.conditions:
+            raise ConditionError("edit changes the condition, and this detector has none")
+        if self.model_.engine.members_per_class is not None:
+            raise ConditionError(
+                "edit keeps z and changes the condition: networks of one class each share no z; fit with "
+                "conditioning='shared'"
+            )
+        encoded, frame = self._with_class(self._encode(X, condition_from)), self._frame(X, condition_from)
+        if condition_to is None:
+            raise ConditionError(f"edit needs condition_to: values of {[str(c.name) for c in self.schema_.conditions]}")
+        wanted = self._conditions_to_have(condition_to, frame)
+        classes, continuous = self._encode_conditions(wanted)
+        target = encoded.of_class(classes).with_continuous(continuous)
+        values = generation.change_condition(self.model_, encoded, target, keep_detail=keep_detail)
+        return self._like_x(self.model_.encoder.decode(values, frame.index), wanted.set_axis(frame.index))
+
+    def interpolate(self, X_from: Any, X_to: Any, n: int = 8, *, condition: Any = None) -> Any:
+        """``n`` rows on the way from each row of X_from to that of X_to, through the latent space: like X.
+
+        N * n rows, path after path, both ends (as reconstructed) included. The two must have the same
+        conditions: change one by `edit` first.
+        """
+        start, end = (self._with_class(self._encode(X, condition)) for X in (X_from, X_to))
+        if len(start) != len(end):
+            raise DataError(f"X_from has {len(start)} rows and X_to has {len(end)}: interpolate pairs them")
+        alike = (start.class_index == end.class_index) & (start.continuous == end.continuous).all(axis=1)
+        if not alike.all():
+            raise ConditionError(
+                f"row {int(np.flatnonzero(~alike)[0])} has one condition in X_from and another in X_to; use edit to "
+                "bring one to the other's"
+            )
+        frame, repeated = self._frame(X_from, condition), _repeat(len(start), n)
+        engine = self.model_.engine
+        z = generation.path(engine.posterior_mean(start), engine.posterior_mean(end), n)
+        values = generation.decode(self.model_, z, start.take(repeated))
+        rows = frame.iloc[repeated]
+        return self._like_x(self.model_.encoder.decode(values, rows.index), rows)
+
+    def latent_map(self, n: int = 15, *, condition: Any = None, span: float = 3.0) -> Any:
+        """What the model expects at ``n`` x ``n`` points of a 2-D latent space, within ``span`` of 0: like X.
+
+        The first latent unit runs down, the second across. ``condition`` is one class.
+
+        Raises
+        ------
+        ParameterError
+            If the latent space has not two units.
+        """
+        check_is_fitted(self)
+        if self._n_features_out != 2:
+            raise ParameterError(f"latent_map draws a plane: fit with latent_dim=2, not {self._n_features_out}")
+        z = generation.latent_grid(n, span)
+        conditions = self._conditions_to_sample(len(z), condition, seed=0)
+        if condition is None and len(self.schema_.classes) > 1:
+            raise ConditionError(f"latent_map needs condition=, one of {shortened(self.schema_.class_names)}")
+        classes, continuous = self._encode_conditions(conditions)
+        empty = np.zeros((len(z), 0))
+        under = Encoded(empty, np.zeros(empty.shape, dtype=np.bool_), classes, continuous)
+        return self._like_x(self.model_.encoder.decode(generation.decode(self.model_, z, under)), conditions)
+
+    def condition_proba(self, X: Any, *, method: str = "elbo", n_samples: int = 100) -> pd.DataFrame:
+        """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at.
+
+        Parameters
+        ----------
+        method : "elbo" and "iwae" weigh the class-wise likelihoods, by their bounds, with p(c); "head" asks the
+            inference head q(c | x), which also tells attributes: one column each, the probability of its
+            second value
+        n_samples : importance samples of "iwae"
+
+        Raises
+        ------
+        ConditionError, ParameterError
+            Without classes; if the model has no inference head.
+        """
+        check_is_fitted(self)
+        if method not in ("elbo", "iwae", "head"):
+            raise ParameterError(f"method must be one of 'elbo', 'iwae', 'head', not {method!r}")
+        features = self._features(X, need_condition=False)
+        encoded = self.model_.encoder.encode(features, with_condition=False)
+        if method == "head":
+            return self._condition_by_head(encoded, self._index(X))
         require_contrast(self.schema_)
-        encoded = self.model_.encoder.encode(self._features(X, need_condition=False), with_condition=False)
-        probabilities = self.model_.class_probabilities(encoded)
+        probabilities = self.model_.class_probabilities(encoded, n_samples if method == "iwae" else None)
         return pd.DataFrame(probabilities, columns=self.schema_.class_names, index=self._index(X))
+
+    def _condition_by_head(self, encoded: Encoded, index: pd.Index | None) -> pd.DataFrame:
+        architecture = self.model_.engine.model.architecture
+        if not architecture.n_classes + architecture.n_attributes:
+            raise ParameterError("this detector has no inference head q(c | x): fit with inference_head=True")
+        logits = self.model_.engine.condition_logits(encoded)
+        classes, attributes = logits[:, : architecture.n_classes], logits[:, architecture.n_classes :]
+        names = [*self.schema_.class_names][: architecture.n_classes] + [c.name for c in self.schema_.attributes]
+        probabilities = np.column_stack([softmax(classes, axis=1), expit(attributes)])
+        return pd.DataFrame(probabilities, columns=names, index=index)
 
     def transform(self, X: Any, *, condition: Any = None) -> FloatArray:
         """Posterior mean of z under the first network of each row's class, (N, Z)."""
@@ -569,6 +803,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             set_at=now(),
             set_by=who(),
             rng=np.random.default_rng(0),
+            with_parts=self.score_kind == "parts",
         )
         self._warn_of_empty_promises()
         return self
@@ -631,9 +866,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         return tags
 
     def _kind(self) -> ScoreKind:
-        if self.score_kind not in ("elbo", "contrast", "both"):
-            raise ParameterError(f"score_kind must be 'elbo', 'contrast' or 'both', not {self.score_kind!r}")
-        if self.score_kind != "elbo":
+        if self.score_kind not in CHOICES["score_kind"]:
+            raise ParameterError(f"score_kind must be one of {CHOICES['score_kind']}, not {self.score_kind!r}")
+        if self.score_kind in ("contrast", "both"):
             require_contrast(self.schema_)
         return self.score_kind  # type: ignore[return-value]  # checked above
 
@@ -695,11 +930,20 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         extra = condition_frame(condition, len(features), (), passed)
         return pd.concat([features, extra.set_axis(features.index)], axis=1)
 
-    def _encode(self, X: Any, condition: Any) -> Encoded:
+    def _encode(self, X: Any, condition: Any, given: Any = None) -> Encoded:
         check_is_fitted(self)
         encoded = self.model_.encoder.encode(self._frame(X, condition))
         self._apply_policies(encoded, X, condition)
-        return encoded
+        if given is None:
+            return encoded
+        parts = given_cells(given, self.schema_, len(encoded))
+        cells = np.concatenate([parts[place] for place in self.model_.encoder.order], axis=1)
+        if cells.any() and not cells.all() and not self.model_.engine.model.architecture.observed_condition:
+            raise ParameterError(
+                "given= makes an observed part of the row its condition, which this detector has not learned: fit with "
+                "condition_on_observed=True"
+            )
+        return replace(encoded, given=cells)
 
     def _apply_policies(self, encoded: Encoded, X: Any, condition: Any) -> None:
         missing = np.flatnonzero(encoded.class_index < 0)
@@ -747,6 +991,18 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             condition = [list(condition)] * n
         return condition_frame(condition, n, (), tuple(names))
 
+    def _conditions_to_have(self, wanted: Any, frame: pd.DataFrame) -> pd.DataFrame:
+        """Conditions of every row of ``frame`` after an edit, (N, Q)."""
+        names = [c.name for c in self.schema_.conditions]
+        if not isinstance(wanted, Mapping):
+            return self._conditions_to_sample(len(frame), wanted, seed=0)
+        own = frame[names].reset_index(drop=True)
+        for name, value in wanted.items():
+            if name not in names:
+                raise ConditionError(f"there is no condition {name!r}{nearest(name, names)}")
+            own[name] = value
+        return own
+
     def _encode_conditions(self, conditions: pd.DataFrame) -> tuple[IntArray, FloatArray]:
         classes, continuous = self.model_.encoder.encode_conditions(conditions)
         unknown = np.flatnonzero((classes < 0) | (classes >= self.model_.n_classes))
@@ -762,7 +1018,16 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         for name in layout.condition_columns:
             cells[name] = conditions[name].to_numpy()
         ordered = cells[[name for name in layout.columns if name not in layout.ignored]]
-        return ordered if layout.is_frame else ordered.to_numpy()
+        if layout.is_frame:
+            return ordered
+        if len(self.schema_.columns) == len(self.schema_.images) == 1 and ordered.shape[1] == 1:
+            return np.stack(ordered.iloc[:, 0].tolist()) if len(ordered) else np.zeros((0, 0, 0))
+        return ordered.to_numpy()
 
     def _index(self, X: Any) -> pd.Index | None:
         return to_frame(X).index if is_table(X) else None
+
+
+def _repeat(n_rows: int, n: int) -> IntArray:
+    """Row numbers, each ``n`` times in a row."""
+    return np.repeat(np.arange(n_rows), n)

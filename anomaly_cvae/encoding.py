@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import pandas as pd
 
 from anomaly_cvae.errors import ConditionError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_cells, numeric_cells
-from anomaly_cvae.schema import Column, Name, Schema, check_counts, check_same_type
+from anomaly_cvae.images import as_cells, read_images, to_images
+from anomaly_cvae.schema import Column, Condition, Name, Schema, check_counts, check_same_type
 
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
 LEAST_CLASS_SCALE = 1e-3
 """Scale, in units of the whole column, of a real column that is constant within every class."""
+MAX_IMAGES_FOR_SCALE = 5_000
+"""Images that the location and scale of an image column are learned from."""
 LEAST_ROWS_OF_SCALED_CLASS = 5
 """A class with fewer training rows keeps the location and scale of the whole column."""
 LIKELIHOODS_OF_KIND = {
@@ -24,8 +28,15 @@ LIKELIHOODS_OF_KIND = {
     "binary": ("bernoulli",),
     "categorical": ("categorical",),
     "count": ("negative_binomial", "poisson"),
+    "pixel": ("normal", "robust_normal", "discretised_logistic", "bernoulli"),
 }
 """Likelihoods that go with a kind of column; the first is the default."""
+LIKELIHOODS_OF_PIXELS = {
+    "uint8": ("normal", "robust_normal", "discretised_logistic"),
+    "float": ("normal", "robust_normal"),
+    "bool": ("bernoulli",),
+}
+"""The same for the pixels of an image, by their type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +44,9 @@ class FittedColumn:
     """What training learned of one column.
 
     ``center`` and ``scale`` standardise a real column; for a count they do so for log(1 + count).
-    ``mean`` is the mean of the raw cells, ``observed`` the number of cells that were there.
+    ``mean`` is the mean of the raw cells, ``observed`` the number of cells that were there. ``shape`` is
+    (channels, height, width) of an image, whose pixels are standardised alike and follow each other in
+    `Encoded`; () of any other column, which is one cell.
     """
 
     name: Name
@@ -43,39 +56,53 @@ class FittedColumn:
     scale: float = 1.0
     mean: float = 0.0
     observed: int = 0
+    shape: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Cells of this column in one row: the pixels of an image, else 1."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Rows as numbers, columns grouped by likelihood.
+    """Rows as numbers, columns grouped by likelihood; an image is many cells, any other column one.
 
     Attributes
     ----------
-    values : (N, D) standardised reals, level codes (the number of levels stands for an unknown one), counts
+    values : (N, D) standardised reals, level codes (the number of levels stands for an unknown one), counts,
+        standardised pixels; float32 where there are images, which it holds exactly
     observed : (N, D) whether the cell is there
     class_index : (N,) class of each row; -1 where the condition is missing, K where the class is unknown
-    continuous : (N, Q) standardised continuous conditions
+    continuous : (N, Q) standardised continuous conditions, and attributes as -1 and 1
+    given : (N, D) cells that are part of the condition; None where none is
     """
 
     values: FloatArray
     observed: BoolArray
     class_index: IntArray
     continuous: FloatArray
+    given: BoolArray | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
     def take(self, rows: IntArray | BoolArray) -> Encoded:
         """The rows asked for, in that order."""
-        return Encoded(self.values[rows], self.observed[rows], self.class_index[rows], self.continuous[rows])
+        given = None if self.given is None else self.given[rows]
+        return Encoded(self.values[rows], self.observed[rows], self.class_index[rows], self.continuous[rows], given)
 
     def hide(self, cells: BoolArray) -> Encoded:
         """The same rows with ``cells`` (N, D) missing as well."""
-        return Encoded(self.values, self.observed & ~cells, self.class_index, self.continuous)
+        return replace(self, observed=self.observed & ~cells)
 
     def of_class(self, class_index: IntArray) -> Encoded:
         """The same rows under other claimed classes (N,)."""
-        return Encoded(self.values, self.observed, class_index, self.continuous)
+        return replace(self, class_index=class_index)
+
+    def with_continuous(self, continuous: FloatArray) -> Encoded:
+        """The same rows under other continuous conditions and attributes (N, Q)."""
+        return replace(self, continuous=continuous)
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,8 @@ class ClassScaling:
 class Encoder:
     """Turns checked tables into `Encoded` rows and generated numbers back into tables.
 
-    ``columns`` are grouped by likelihood; ``order[i]`` is the place of grouped column i in the schema.
+    ``columns`` are grouped by likelihood, images last; ``order[i]`` is the place of grouped column i in the
+    schema.
     """
 
     schema: Schema
@@ -135,7 +163,7 @@ class Encoder:
     def fit(cls, schema: Schema, frame: pd.DataFrame, likelihoods: Mapping[Name, str]) -> Encoder:
         """Learn scaling from ``frame``; ``likelihoods`` overrides the default head of a column."""
         fitted = [_fit_column(c, frame[c.name], likelihoods.get(c.name)) for c in schema.columns]
-        order = tuple(sorted(range(len(fitted)), key=lambda i: fitted[i].likelihood))
+        order = tuple(sorted(range(len(fitted)), key=lambda i: (bool(fitted[i].shape), fitted[i].likelihood)))
         scales = [_center_and_scale(numeric_cells(frame[c.name], c.name)) for c in schema.continuous_conditions]
         return cls(
             schema=schema,
@@ -147,8 +175,25 @@ class Encoder:
 
     @property
     def is_real(self) -> BoolArray:
-        """Which grouped columns are standardised reals, (D,)."""
-        return np.array([column.likelihood in LIKELIHOODS_OF_KIND["real"] for column in self.columns], dtype=np.bool_)
+        """Which cells are standardised reals of a table, (D,): not those of images."""
+        real = [c.likelihood in LIKELIHOODS_OF_KIND["real"] and not c.shape for c in self.columns]
+        return np.repeat(np.array(real, dtype=np.bool_), self.widths)
+
+    @property
+    def widths(self) -> IntArray:
+        """Cells of every grouped column."""
+        return np.array([column.width for column in self.columns], dtype=np.int64)
+
+    @property
+    def n_cells(self) -> int:
+        """D, the cells of one row."""
+        return int(self.widths.sum())
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where the cells of every grouped column stand."""
+        ends = np.cumsum(self.widths)
+        return [slice(int(end - width), int(end)) for end, width in zip(ends, self.widths, strict=True)]
 
     def encode(self, frame: pd.DataFrame, *, with_condition: bool = True) -> Encoded:
         """Encode the columns and conditions of ``frame``, found by name.
@@ -160,11 +205,14 @@ class Encoder:
         ConditionError
             If a continuous condition is missing.
         """
-        values = np.empty((len(frame), len(self.columns)))
+        dtype = np.float32 if self.schema.images else np.float64
+        values = np.empty((len(frame), self.n_cells), dtype=dtype)
         observed = np.ones(values.shape, dtype=np.bool_)
-        for d, (place, fitted) in enumerate(zip(self.order, self.columns, strict=True)):
+        for cells, place, fitted in zip(self.slices, self.order, self.columns, strict=True):
             column = self.schema.columns[place]
-            values[:, d], observed[:, d] = _encode_column(column, fitted, frame[column.name])
+            found, there = _encode_column(column, fitted, frame[column.name])
+            shape = (len(frame), fitted.width)
+            values[:, cells], observed[:, cells] = found.reshape(shape), there.reshape(shape)
         if not with_condition:
             absent = np.full(len(frame), -1, dtype=np.int64)
             return Encoded(values, observed, absent, np.zeros((len(frame), 0)))
@@ -177,6 +225,7 @@ class Encoder:
     def _continuous(self, frame: pd.DataFrame) -> FloatArray:
         conditions = self.schema.continuous_conditions
         encoded = np.zeros((len(frame), len(conditions)))
+        attributes = [self._attribute(condition, frame) for condition in self.schema.attributes]
         for q, condition in enumerate(conditions):
             cells = numeric_cells(frame[condition.name], condition.name)
             if np.isnan(cells).any():
@@ -185,15 +234,31 @@ class Encoder:
                     "a conditional model never scores without its condition"
                 )
             encoded[:, q] = (cells - self.continuous_center[q]) / self.continuous_scale[q]
-        return np.clip(encoded, -10.0, 10.0)
+        return np.column_stack([np.clip(encoded, -10.0, 10.0), *attributes])
 
-    def decode(self, values: FloatArray, index: pd.Index | None = None) -> pd.DataFrame:
-        """Turn generated ``values`` (N, D), grouped columns, into a frame like the training table."""
-        cells: dict[Name, Any] = {}
-        for d, place in enumerate(self.order):
-            cells[self.schema.columns[place].name] = _decode_column(
-                self.schema.columns[place], self.columns[d], values[:, d]
+    def _attribute(self, condition: Condition, frame: pd.DataFrame) -> FloatArray:
+        """-1 and 1 for the two values of an attribute, (N,)."""
+        found = level_cells(frame[condition.name], condition.name)
+        codes = found.recode(condition.levels)
+        wrong = np.flatnonzero((codes < 0) | (codes > 1))
+        if wrong.size:
+            cell = frame[condition.name].iloc[wrong[0]]
+            raise ConditionError(
+                f"condition {condition.name!r} is {cell!r} in row {wrong[0]}; it is {condition.levels[0]!r} or "
+                f"{condition.levels[1]!r}"
             )
+        return 2.0 * codes - 1.0
+
+    def decode(self, values: FloatArray, index: pd.Index | None = None, *, drawn: bool = False) -> pd.DataFrame:
+        """Turn generated ``values`` (N, D), grouped columns, into a frame like the training table.
+
+        What is expected of a black-and-white pixel is a probability, a float in [0, 1]; ``drawn`` says that
+        the values are draws, and so black or white.
+        """
+        cells: dict[Name, Any] = {}
+        for own, place, fitted in zip(self.slices, self.order, self.columns, strict=True):
+            column = self.schema.columns[place]
+            cells[column.name] = _decode_column(column, fitted, values[:, own], drawn)
         return pd.DataFrame({name: cells[name] for name in self.schema.names}, index=index)
 
     def ungroup(self, grouped: FloatArray) -> FloatArray:
@@ -201,6 +266,12 @@ class Encoder:
         ungrouped = np.empty_like(grouped)
         ungrouped[..., list(self.order)] = grouped
         return ungrouped
+
+    def by_column(self, cells: FloatArray) -> FloatArray:
+        """Sums over the cells (…, D) of every column, in the order of the schema."""
+        starts = np.cumsum(self.widths) - self.widths
+        sums = cells if self.n_cells == len(self.columns) else np.add.reduceat(cells, starts, axis=-1)
+        return self.ungroup(sums)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dump``."""
@@ -217,7 +288,7 @@ class Encoder:
         """Inverse of `to_json`."""
         return cls(
             schema=Schema.from_json(data["schema"]),
-            columns=tuple(FittedColumn(**column) for column in data["columns"]),
+            columns=tuple(FittedColumn(**{**c, "shape": tuple(c.get("shape", ()))}) for c in data["columns"]),
             order=tuple(data["order"]),
             continuous_center=tuple(data["continuous_center"]),
             continuous_scale=tuple(data["continuous_scale"]),
@@ -225,6 +296,8 @@ class Encoder:
 
 
 def _fit_column(column: Column, cells: pd.Series, likelihood: str | None) -> FittedColumn:
+    if column.image is not None:
+        return _fit_image(column, cells, likelihood)
     head = likelihood or LIKELIHOODS_OF_KIND[column.kind][0]
     if column.kind in ("binary", "categorical"):
         observed = int(cells.notna().sum())
@@ -234,6 +307,20 @@ def _fit_column(column: Column, cells: pd.Series, likelihood: str | None) -> Fit
     mean = float(present.mean()) if present.size else 0.0
     center, scale = _center_and_scale(np.log1p(present) if column.kind == "count" else present)
     return FittedColumn(column.name, head, 0, center, scale, mean, int(present.size))
+
+
+def _fit_image(column: Column, cells: pd.Series, likelihood: str | None) -> FittedColumn:
+    """One location and scale for all pixels: their relation carries the picture."""
+    assert column.image is not None
+    head, shape = likelihood or LIKELIHOODS_OF_PIXELS[column.image.pixels][0], column.image.shape
+    chosen = cells.iloc[:: max(1, len(cells) // MAX_IMAGES_FOR_SCALE)]
+    found = read_images(chosen, column.image, column.name)
+    present = found.values[found.observed].astype(np.float64)
+    n_levels = 2 if head == "bernoulli" else 0
+    if n_levels:
+        return FittedColumn(column.name, head, n_levels, observed=int(present.size), shape=shape)
+    center, scale = _center_and_scale(present)
+    return FittedColumn(column.name, head, 0, center, scale, center, int(present.size), shape)
 
 
 def _center_and_scale(values: FloatArray) -> tuple[float, float]:
@@ -250,6 +337,8 @@ def _center_and_scale(values: FloatArray) -> tuple[float, float]:
 
 
 def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[FloatArray, BoolArray]:
+    if column.image is not None:
+        return _encode_images(column, fitted, cells)
     if not fitted.observed:  # nothing is known of this column: it adds nothing
         return np.zeros(len(cells)), np.zeros(len(cells), dtype=np.bool_)
     if column.kind in ("binary", "categorical"):
@@ -268,7 +357,18 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
 
 
-def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray) -> Any:
+def _encode_images(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[Any, BoolArray]:
+    assert column.image is not None
+    found = read_images(cells, column.image, column.name)
+    standard = (found.values - np.float32(fitted.center)) / np.float32(fitted.scale)
+    return np.where(found.observed, standard, np.float32(0.0)), found.observed
+
+
+def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray, drawn: bool) -> Any:
+    if column.image is not None:
+        images = to_images(values * fitted.scale + fitted.center, column.image)
+        return as_cells(images > 0.5 if drawn and column.image.pixels == "bool" else images)
+    values = values[:, 0]
     if column.kind in ("binary", "categorical"):
         codes = np.clip(values, 0, max(len(column.levels) - 1, 0)).astype(np.int64)
         return _level_array(column.levels)[codes] if column.levels else np.full(len(values), np.nan)

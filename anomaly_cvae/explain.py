@@ -31,7 +31,7 @@ def column_scores(model: FittedModel, encoded: Encoded) -> ColumnScores:
     if unknown.size:
         marginal = _marginal_column_scores(model, encoded.take(unknown))
         scores.columns[unknown], scores.kl[unknown] = marginal.columns, marginal.kl
-    return ColumnScores(model.encoder.ungroup(scores.columns), scores.kl)
+    return ColumnScores(model.encoder.by_column(scores.columns), scores.kl)
 
 
 def _marginal_column_scores(model: FittedModel, encoded: Encoded) -> ColumnScores:
@@ -51,8 +51,10 @@ def excess_nats(model: FittedModel, encoded: Encoded, scores: ColumnScores) -> F
     """
     assert model.calibration is not None
     groups = model.groups(encoded)
-    observed = model.encoder.ungroup(encoded.observed.astype(np.float64)) > 0
-    columns = scores.columns - model.encoder.ungroup(model.calibration.typical_nats[groups])
+    observed = model.encoder.by_column(encoded.observed.astype(np.float64)) > 0
+    # What is missing of an image costs nothing, and is not expected to.
+    typical = model.encoder.by_column(np.where(encoded.observed, model.calibration.typical_nats[groups], 0.0))
+    columns = scores.columns - typical
     kl = scores.kl - model.calibration.typical_kl[groups]
     return np.column_stack([np.where(observed, columns, -np.inf), kl])
 
@@ -124,10 +126,44 @@ def _top_columns_of_block(
     )
 
 
+def pixels(model: FittedModel, encoded: Encoded, column: Name) -> FloatArray:
+    """Nats of every pixel of one column of images, colours added up: (N, H, W)."""
+    place = next(d for d, fitted in enumerate(model.encoder.columns) if fitted.name == column and fitted.shape)
+    own, shape = model.encoder.slices[place], model.encoder.columns[place].shape
+    nats = model.engine.column_scores(encoded).columns[:, own]
+    summed: FloatArray = nats.reshape(len(nats), *shape).sum(axis=1)
+    return summed
+
+
+def intervals(
+    model: FittedModel, encoded: Encoded, index: pd.Index, coverage: float, n_draws: int, seed: int
+) -> pd.DataFrame:
+    """One line per missing cell: row, column, expected value, bounds of the central ``coverage`` of its draws."""
+    lines = []
+    generator, encoder = model.engine.generator(seed), model.encoder
+    missing = [(~encoded.observed[:, own]).any(axis=1) for own in encoder.slices]
+    rows = np.flatnonzero(np.any(missing, axis=0))
+    for block in np.split(rows, range(ROWS_PER_BLOCK, len(rows), ROWS_PER_BLOCK)):
+        own = encoded.take(block)
+        draws = model.engine.draw(own, n_draws, generator)
+        bounds = np.quantile(draws, [0.5 - coverage / 2, 0.5 + coverage / 2], axis=0)
+        found = [model.engine.expected(own), *bounds]
+        tables = [encoder.decode(np.where(own.observed, own.values, values)) for values in found]
+        for d, (place, fitted) in enumerate(zip(encoder.order, encoder.columns, strict=True)):
+            name = encoder.schema.columns[place].name
+            for i in np.flatnonzero(missing[d][block]):
+                expected, low, high = (table[name].iloc[i] for table in tables)
+                if fitted.n_levels and not fitted.shape:
+                    low = high = np.nan
+                lines.append((index[block[i]], name, expected, low, high))
+    table = pd.DataFrame(lines, columns=["row", "column", "expected", "low", "high"])
+    return table
+
+
 def _grouped_mask(model: FittedModel, top: IntArray, shape: tuple[int, ...]) -> BoolArray:
     mask = np.zeros((shape[0], shape[1] + 1), dtype=np.bool_)
     np.put_along_axis(mask, top, True, axis=1)
-    return mask[:, list(model.encoder.order)]
+    return np.repeat(mask[:, list(model.encoder.order)], model.encoder.widths, axis=1)
 
 
 def _most_probable_class(model: FittedModel, encoded: Encoded) -> Encoded:
@@ -145,13 +181,14 @@ def _interval(model: FittedModel, encoded: Encoded, seed: int) -> tuple[FloatArr
 
 
 def _numbers(model: FittedModel, values: FloatArray) -> FloatArray:
-    """Encoded values (N, D) in the units of the table, NaN where a column has levels."""
-    numbers = np.empty_like(values)
-    for d, fitted in enumerate(model.encoder.columns):
-        real = model.encoder.is_real[d]
-        numbers[:, d] = values[:, d] * fitted.scale + fitted.center if real else values[:, d]
-        if fitted.n_levels:
+    """Encoded values (N, D) in the units of the table, a number per column; NaN where one has levels or pixels."""
+    numbers = np.empty((len(values), len(model.encoder.columns)))
+    for d, (own, fitted) in enumerate(zip(model.encoder.slices, model.encoder.columns, strict=True)):
+        if fitted.n_levels or fitted.shape:
             numbers[:, d] = np.nan
+            continue
+        cells = values[:, own.start]
+        numbers[:, d] = cells * fitted.scale + fitted.center if model.encoder.is_real[own.start] else cells
     return model.encoder.ungroup(numbers)
 
 

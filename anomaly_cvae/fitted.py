@@ -8,16 +8,26 @@ from typing import Literal, cast
 import numpy as np
 from scipy.special import logsumexp
 
-from anomaly_cvae.calibration import MARGINAL, Calibration, Reference, hide_cells, missing_levels
+from anomaly_cvae.calibration import (
+    MARGINAL,
+    Calibration,
+    PartsShape,
+    Reference,
+    fit_parts,
+    hide_cells,
+    missing_levels,
+)
 from anomaly_cvae.encoding import Encoded, Encoder
-from anomaly_cvae.errors import ConditionError
+from anomaly_cvae.errors import ConditionError, ParameterError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.schema import Schema
 from anomaly_cvae.scoring import ScoringEngine
 
-ScoreKind = Literal["elbo", "contrast", "both"]
+ScoreKind = Literal["elbo", "contrast", "both", "parts"]
 MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS = 1_000
 """Per class and level; the level of complete rows uses every calibration row."""
+MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS = 200
+"""The same of images, which cost more and have more cells to vary by."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +75,28 @@ class FittedModel:
 
     def scores_of_kinds(self, encoded: Encoded, kinds: set[ScoreKind]) -> dict[ScoreKind, FloatArray]:
         """Several kinds of scores in one pass over the classes."""
-        if kinds == {"elbo"}:
-            return {"elbo": self._negative_elbo(encoded)}
+        scores: dict[ScoreKind, FloatArray] = {}
+        if "parts" in kinds:
+            scores["parts"] = self._parts_scores(encoded)
+            kinds = kinds - {"parts"}
+        if kinds <= {"elbo"}:
+            return scores | ({"elbo": self._negative_elbo(encoded)} if kinds else {})
         require_contrast(self.encoder.schema)
         by_class = self.engine.class_negative_elbo(encoded)
         groups = self.groups(encoded)
-        scores: dict[ScoreKind, FloatArray] = {
-            "elbo": self._own(by_class, groups),
-            "contrast": self._contrast(by_class, groups),
-        }
+        scores["elbo"], scores["contrast"] = self._own(by_class, groups), self._contrast(by_class, groups)
         if "both" in kinds:
             scores["both"] = self._larger(scores["elbo"], scores["contrast"], groups, encoded.observed)
         return scores
 
-    def class_probabilities(self, encoded: Encoded) -> FloatArray:
-        """p(c | x), (N, K), from the class-wise negative ELBO and p(c)."""
-        joint = np.log(self.class_frequency) - self.engine.class_negative_elbo(encoded)
+    def class_probabilities(self, encoded: Encoded, n_samples: int | None = None) -> FloatArray:
+        """p(c | x), (N, K), from p(c) and the class-wise negative ELBO, or IWAE bounds of ``n_samples``."""
+        nats = (
+            self.engine.class_negative_elbo(encoded)
+            if n_samples is None
+            else self.engine.class_negative_log_likelihood(encoded, n_samples)
+        )
+        joint = np.log(self.class_frequency) - nats
         probabilities: FloatArray = np.exp(joint - logsumexp(joint, axis=1, keepdims=True))
         return probabilities
 
@@ -94,11 +110,17 @@ class FittedModel:
         set_at: str,
         set_by: str,
         rng: np.random.Generator,
+        with_parts: bool = False,
     ) -> FittedModel:
-        """The same model with reference scores from ``encoded`` normals."""
+        """The same model with reference scores from ``encoded`` normals, those of the parts if asked for."""
         names = self.encoder.schema.class_names + ([MARGINAL] if self.has_unknown_group else [])
         typical = self._mean_nats(self.engine.column_scores(encoded).columns, encoded)
         references = self._references(encoded, typical, rng, with_levels=contamination is None)
+        if with_parts:
+            shape = fit_parts(self.engine.elbo_parts(encoded), encoded.class_index, self.n_classes)
+            references["parts"] = self._parts_reference(encoded, shape)
+        else:
+            shape = None
         calibration = Calibration(
             references=references,
             group_names=tuple(names),
@@ -109,8 +131,32 @@ class FittedModel:
             tolerance=self.engine.tolerance,
             typical_nats=typical,
             set_by=set_by,
+            parts=shape,
         )
         return replace(self, calibration=calibration)
+
+    def _parts_scores(self, encoded: Encoded) -> FloatArray:
+        """How unusual the parts of the negative ELBO are together, (N,); of unknown class: under the best one."""
+        if self.calibration is None or self.calibration.parts is None:
+            raise ParameterError(
+                "this model has no calibration of the parts of its negative ELBO: fit or recalibrate it with "
+                "score_kind='parts'"
+            )
+        groups = self.groups(encoded)
+        unknown = np.flatnonzero(groups == self.n_classes)
+        shape = self.calibration.parts
+        scores = shape.distance(self.engine.elbo_parts(encoded), np.minimum(groups, self.n_classes - 1))
+        if unknown.size:
+            rows = encoded.take(unknown)
+            claims = [np.full(len(rows), k, dtype=np.int64) for k in range(self.n_classes)]
+            by_class = [shape.distance(self.engine.elbo_parts(rows.of_class(own)), own) for own in claims]
+            scores[unknown] = np.min(by_class, axis=0)
+        return scores
+
+    def _parts_reference(self, encoded: Encoded, shape: PartsShape) -> Reference:
+        own = shape.distance(self.engine.elbo_parts(encoded), encoded.class_index)
+        scores = {False: own, True: own}
+        return self._reference(np.zeros(1, dtype=np.int64), [encoded], [scores], None)
 
     def _negative_elbo(self, encoded: Encoded) -> FloatArray:
         scores = self.engine.negative_elbo(encoded)
@@ -149,7 +195,8 @@ class FittedModel:
         self, encoded: Encoded, typical: FloatArray, rng: np.random.Generator, with_levels: bool
     ) -> dict[str, Reference]:
         offsets = typical if with_levels else None
-        levels = missing_levels(encoded.values.shape[1]) if with_levels else np.zeros(1, dtype=np.int64)
+        few = bool(self.encoder.schema.images)
+        levels = missing_levels(encoded.values.shape[1], few=few) if with_levels else np.zeros(1, dtype=np.int64)
         hidden = [self._with_missing(encoded, int(level), rng) for level in levels]
         raw = [self._raw_scores(rows) for rows in hidden]
         kinds = ["elbo", "contrast"] if self.has_contrast else ["elbo"]
@@ -181,8 +228,10 @@ class FittedModel:
         if n_missing == 0:
             return encoded
         shuffled = rng.permutation(len(encoded))
+        images = bool(self.encoder.schema.images)
+        at_most = MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS if images else MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS
         chosen = [
-            shuffled[encoded.class_index[shuffled] == k][:MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS]
+            shuffled[encoded.class_index[shuffled] == k][:at_most]
             for k in range(self.n_classes)
         ]
         rows = encoded.take(np.concatenate(chosen))

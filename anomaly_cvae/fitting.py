@@ -36,7 +36,12 @@ MAX_AUTO_LATENT_DIM = 32
 LEAST_ROWS_PER_NETWORK = 10
 
 Conditioning = Literal["shared", "per_class"]
-PriorName = Literal["aggregate", "standard", "learned"]
+PriorName = Literal["aggregate", "standard", "learned", "vamp"]
+VAMP_COMPONENTS = 64
+"""Pseudo-inputs of a VampPrior, over all classes; at least `LEAST_VAMP_COMPONENTS` for each."""
+LEAST_VAMP_COMPONENTS = 8
+LABELLED_SHARE = 0.25
+"""Least share of a batch that has a class, where only some rows have one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class FitSettings:
     device: torch.device
     dtype: torch.dtype
     training: TrainingSettings
+    channels: tuple[int, ...] = (32, 64)
+    inference_head: bool = False
+    condition_on_observed: bool = False
+    with_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,37 @@ def fit_model(
     encoded = encoder.encode(frame)
     engine = build_engine(encoder, encoded.take(split.training), settings, int(seeds[1]))
     training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch)
-    if engine.aggregate is not None:
-        fit_aggregate(engine, encoded.take(split.training), int(seeds[3]))
-    frequency = np.bincount(encoded.class_index, minlength=n_classes) / len(encoded)
+    frequency = np.bincount(class_index[class_index >= 0], minlength=n_classes) / (class_index >= 0).sum()
     model = FittedModel(encoder, engine, frequency)
+    encoded = with_probable_class(model, encoded)
+    fix_prior(engine, encoded.take(split.training), settings, int(seeds[3]))
     calibrated = calibrate(model, encoded, split, settings, np.random.default_rng(seeds[4]))
     return Fit(calibrated, training, split)
+
+
+def with_probable_class(model: FittedModel, encoded: Encoded) -> Encoded:
+    """Rows that training had without a class, under the one that q(c | x) finds most probable."""
+    unlabelled = np.flatnonzero(encoded.class_index < 0)
+    if not unlabelled.size:
+        return encoded
+    logits = model.engine.condition_logits(encoded.take(unlabelled))
+    classes = encoded.class_index.copy()
+    classes[unlabelled] = logits[:, : model.n_classes].argmax(axis=1)
+    return encoded.of_class(classes)
+
+
+def fix_prior(engine: ScoringEngine, encoded: Encoded, settings: FitSettings, seed: int) -> None:
+    """Fit the mixture that scoring uses, or copy the one that training learned."""
+    if engine.aggregate is None:
+        return
+    if settings.prior == "vamp":
+        with torch.no_grad():
+            learned = engine.model.vamp()
+        engine.aggregate.log_weight.fill_(-np.log(learned.mean.shape[2]))
+        engine.aggregate.mean.copy_(learned.mean)
+        engine.aggregate.log_variance.copy_(learned.log_variance)
+    else:
+        fit_aggregate(engine, encoded, seed)
 
 
 def calibrate(
@@ -136,6 +170,7 @@ def calibrate(
         set_at=now(),
         set_by=who(),
         rng=rng,
+        with_parts=settings.with_parts,
     )
 
 
@@ -162,7 +197,7 @@ def check_class_sizes(class_index: IntArray, schema: Schema, settings: FitSettin
     """
     if settings.conditioning != "per_class":
         return
-    counts = np.bincount(class_index, minlength=len(schema.classes))
+    counts = np.bincount(class_index[class_index >= 0], minlength=len(schema.classes))
     smallest = int(counts.argmin())
     if counts[smallest] < LEAST_ROWS_PER_NETWORK:
         raise DataError(
@@ -174,10 +209,16 @@ def check_class_sizes(class_index: IntArray, schema: Schema, settings: FitSettin
 def split_rows(
     class_index: IntArray, n_classes: int, validation: float, calibration: float, rng: np.random.Generator
 ) -> Split:
-    """Split each class by the asked shares, rounded down; tiny classes give all their rows to training."""
+    """Split each class by the asked shares, rounded down; tiny classes give all their rows to training.
+
+    Where some rows have no class, those that have one are few and all of them train.
+    """
     parts: tuple[list[IntArray], list[IntArray], list[IntArray]] = ([], [], [])
     order = rng.permutation(len(class_index))
-    for k in range(n_classes):
+    partly = bool((class_index < 0).any())
+    if partly:
+        parts[0].append(order[class_index[order] >= 0])
+    for k in [-1] if partly else range(n_classes):
         own = order[class_index[order] == k]
         n_calibration = min(int(calibration * len(own)), MAX_CALIBRATION_ROWS)
         n_validation = min(int(validation * len(own)), MAX_VALIDATION_ROWS)
@@ -195,9 +236,13 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
     n_classes = len(schema.classes)
     conditional = bool(schema.conditions) and not per_class
     table = class_conditions(schema) if conditional else None
-    width = 0 if table is None else table.shape[1] + len(schema.continuous_conditions)
-    latent_dim = settings.latent_dim or min(max(len(encoder.columns), 1), MAX_AUTO_LATENT_DIM)
+    n_attributes = len(schema.attributes)
+    width = 0 if table is None else table.shape[1] + len(schema.continuous_conditions) + n_attributes
+    latent_dim = settings.latent_dim or min(max(encoder.n_cells, 1), MAX_AUTO_LATENT_DIM)
     n_members = settings.n_estimators * (n_classes if per_class else 1)
+    n_groups = 1 if per_class else n_classes
+    has_vamp = settings.prior == "vamp" and not settings.condition_on_observed
+    n_pseudo = max(LEAST_VAMP_COMPONENTS, VAMP_COMPONENTS // n_groups) if has_vamp else 0
     architecture = Architecture(
         n_members=n_members,
         latent_dim=latent_dim,
@@ -206,23 +251,34 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         missing_indicators=settings.training.mask_rate > 0.0 or not bool(encoded.observed.all()),
         learned_prior=settings.prior == "learned",
         scale_floor=settings.scale_floor,
+        channels=settings.channels,
+        observed_condition=settings.condition_on_observed,
+        n_classes=n_classes if settings.inference_head and schema.categorical_conditions else 0,
+        n_attributes=n_attributes if settings.inference_head else 0,
+        pseudo_inputs=n_pseudo,
+        n_groups=n_groups,
     )
     device, dtype = settings.device, settings.dtype
     model = CVAE(architecture, encoder.columns, seed).to(device=device, dtype=dtype)
     aggregate = None
-    if settings.prior == "aggregate":
-        largest = int(np.bincount(encoded.class_index, minlength=n_classes).max())
-        groups = 1 if per_class else n_classes
-        aggregate = AggregatePosterior(n_members, groups, number_of_components(largest), latent_dim)
-        aggregate = aggregate.to(device=device, dtype=dtype)
+    if has_vamp:
+        aggregate = AggregatePosterior(n_members, n_groups, n_pseudo, latent_dim)
+    elif settings.prior == "aggregate" and not settings.condition_on_observed:
+        known = encoded.class_index[encoded.class_index >= 0]
+        largest = len(encoded) if len(known) < len(encoded) else int(np.bincount(known, minlength=n_classes).max())
+        aggregate = AggregatePosterior(n_members, n_groups, number_of_components(largest), latent_dim)
+    scaled = n_classes > 1 and bool(encoder.is_real.any()) and bool((encoded.class_index >= 0).all())
+    class_table = None if table is None else tensor(table, device, dtype)
+    if class_table is not None:
+        model.class_table = class_table
     return ScoringEngine(
         model=model,
         noise=tensor(low_discrepancy_normal(settings.n_samples, latent_dim, seed), device, dtype),
         n_classes=n_classes,
-        class_table=None if table is None else tensor(table, device, dtype),
+        class_table=class_table,
         members_per_class=settings.n_estimators if per_class else None,
-        aggregate=aggregate,
-        scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if n_classes > 1 else None,
+        aggregate=None if aggregate is None else aggregate.to(device=device, dtype=dtype),
+        scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if scaled else None,
     )
 
 
@@ -235,7 +291,7 @@ def _train(
     seed: int,
     on_epoch: Callable[[Epoch], bool] | None,
 ) -> Training:
-    names = [str(column.name) for column in encoder.columns]
+    names = [str(column.name) for column in encoder.columns for _ in range(column.width)]
     per_class = engine.members_per_class
 
     def describe(member: int, column: int) -> str:
@@ -260,7 +316,8 @@ def _rows_of_members(
 ) -> list[torch.Tensor]:
     """Row numbers per member; the fallback's where a member would have none."""
     if engine.members_per_class is None:
-        groups = [chosen if len(chosen) else fallback] * engine.model.architecture.n_members
+        own = _with_labelled_more_often(chosen if len(chosen) else fallback, encoded.class_index)
+        groups = [own] * engine.model.architecture.n_members
     else:
         groups = []
         for k in range(engine.n_classes):
@@ -268,6 +325,15 @@ def _rows_of_members(
             own = own if len(own) else fallback[encoded.class_index[fallback] == k]
             groups += [own] * engine.members_per_class
     return [torch.as_tensor(rows, device=engine.device) for rows in groups]
+
+
+def _with_labelled_more_often(chosen: IntArray, class_index: IntArray) -> IntArray:
+    """Row numbers, those with a class repeated until they are `LABELLED_SHARE` of all, where some have none."""
+    labelled = chosen[class_index[chosen] >= 0]
+    wanted = LABELLED_SHARE / (1.0 - LABELLED_SHARE) * (len(chosen) - len(labelled))
+    if not len(labelled) or len(labelled) >= wanted:
+        return chosen
+    return np.concatenate([chosen, np.tile(labelled, int(wanted / len(labelled)) - 1)])
 
 
 def fit_aggregate(engine: ScoringEngine, encoded: Encoded, seed: int) -> None:

@@ -12,8 +12,12 @@ import pandas as pd
 from sklearn.utils.validation import validate_data
 
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
-from anomaly_cvae.frames import is_table, to_frame
-from anomaly_cvae.schema import Name
+from anomaly_cvae.frames import BoolArray, is_table, to_frame
+from anomaly_cvae.images import as_cells, is_image_batch
+from anomaly_cvae.schema import Column, Name, Schema
+
+IMAGE = "image"
+"""Name of the column that an array of images becomes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Layout:
 def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | None = None) -> pd.DataFrame:
     """X as a frame, checked against what `fit` saw; columns of an array are called x0, x1, …
 
+    An array of images, (N, H, W), (N, H, W, C) or (N, C, H, W), is one column.
+
     scikit-learn compares names that are text; ``expected`` compares the others too.
 
     Raises
@@ -46,7 +52,13 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | Non
     DataError, ValueError, TypeError
         For duplicated, missing, extra or reordered columns, sparse data, wrong dimensions, no rows in fit.
     """
-    if is_table(X):
+    if is_image_batch(X):
+        frame = pd.DataFrame({IMAGE: as_cells(X)})
+        if reset:
+            estimator.n_features_in_ = 1
+        elif expected is not None and expected.columns != (IMAGE,):
+            raise DataError(f"X is an array of images, but fit had the columns {list(expected.columns)}")
+    elif is_table(X):
         frame = to_frame(X)
         validate_data(estimator, frame, reset=reset, skip_check_array=True)
         if frame.shape[1] == 0:
@@ -180,6 +192,63 @@ def _as_condition_frame(condition: Any) -> pd.DataFrame:
         raise ConditionError(f"condition must have one or two dimensions, not {cells.ndim}")
     names = ["condition", *(f"condition_{q}" for q in range(1, cells.shape[1]))]
     return pd.DataFrame(cells, columns=names[: cells.shape[1]]).infer_objects()
+
+
+def given_cells(given: Any, schema: Schema, n_rows: int) -> list[BoolArray]:
+    """Which cells belong to the condition: (N, cells) of every column, in the order of the schema.
+
+    ``given`` is a mapping or a frame from columns to booleans (one, one per row, or, of an image, one per
+    pixel in the axes of the image, with or without a first axis of rows); or, where the rows are images and
+    nothing else, or columns and no image, the array of that.
+
+    Raises
+    ------
+    DataError
+        If it names no column, or has another shape.
+    """
+    columns = {column.name: column for column in schema.columns}
+    if not isinstance(given, Mapping) and not is_table(given):
+        masks = np.asarray(given)
+        if len(columns) == 1:
+            given = {next(iter(columns)): masks}
+        elif not schema.images and masks.ndim == 2 and masks.shape[1] == len(columns):
+            given = dict(zip(columns, masks.T, strict=True))
+        else:
+            raise DataError(f"given has shape {masks.shape}; with several columns, pass a dict from column to booleans")
+    unknown = [name for name in given if name not in columns]
+    if unknown:
+        raise DataError(f"given: x has no column {unknown[0]!r}{nearest(unknown[0], columns)}")
+    return [_given_of(column, given[name] if name in given else False, n_rows) for name, column in columns.items()]
+
+
+def _given_of(column: Column, given: Any, n_rows: int) -> BoolArray:
+    """(N, cells) of one column."""
+    mask = np.asarray(given)
+    if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
+        raise DataError(f"given[{column.name!r}] must be booleans, not {mask.dtype}")
+    mask = mask.astype(np.bool_)
+    if column.image is None:
+        if mask.shape not in ((), (n_rows,)):
+            raise DataError(f"given[{column.name!r}] has shape {mask.shape}; give one boolean, or one per row ({n_rows})")
+        return np.broadcast_to(mask, (n_rows,))[:, None]
+    channels, height, width = column.image.shape
+    shape: dict[str, tuple[int, ...]] = {
+        "HW": (height, width), "HWC": (height, width, channels), "CHW": (channels, height, width),
+    }  # fmt: skip
+    own = shape[column.image.layout]
+    if mask.shape in ((height, width), (n_rows, height, width)) and column.image.layout != "HW":
+        mask = mask[..., None] if column.image.layout == "HWC" else mask[..., None, :, :]
+    elif mask.shape == (n_rows,):
+        mask = mask.reshape(n_rows, *[1] * len(own))
+    try:
+        full = np.broadcast_to(mask, (n_rows, *own))
+    except ValueError as error:
+        raise DataError(
+            f"given[{column.name!r}] has shape {mask.shape}; give {own} for all rows, or ({n_rows}, …) for each"
+        ) from error
+    if column.image.layout == "HWC":
+        full = full.transpose(0, 3, 1, 2)
+    return full.reshape(n_rows, -1)
 
 
 def with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:

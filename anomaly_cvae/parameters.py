@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anomaly_cvae.errors import ParameterError
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "conditioning": ("shared", "per_class"),
     "unseen_class": ("raise", "anomaly", "marginal"),
     "missing_condition": ("raise", "marginal"),
-    "score_kind": ("elbo", "contrast", "both"),
-    "prior": ("aggregate", "standard", "learned"),
-    "objective": ("elbo", "iwae"),
+    "score_kind": ("elbo", "contrast", "both", "parts"),
+    "prior": ("aggregate", "standard", "learned", "vamp"),
+    "objective": ("elbo", "iwae", "semi_supervised", "hybrid", "vae_gan"),
+    "mask_shapes": ("mixed", "quadrants", "cells"),
+    "inference_head": (True, False),
+    "condition_on_observed": (True, False),
     "dtype": ("float32", "float64"),
 }
 WHOLE_FROM_ONE = ("n_estimators", "train_samples", "n_samples", "max_steps", "batch_size", "patience")
@@ -41,6 +45,7 @@ def _number(low: float, high: float, *, open_low: bool = False, open_high: bool 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
+    "free_bits": (_number(0, np.inf, open_high=True), "a number of nats from 0 up"),
     "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
     "input_noise": (_number(0, np.inf, open_high=True), "a number from 0 up"),
     "mask_rate": (_number(0, 1), "a number in [0, 1]"),
@@ -53,6 +58,14 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "'auto' or a number in (0, 0.5]",
     ),
     "latent_dim": (lambda value: value == "auto" or _whole(value), "'auto' or a whole number from 1 up"),
+    "channels": (
+        lambda value: isinstance(value, (tuple, list)) and len(value) > 0 and all(_whole(width) for width in value),
+        "a tuple of whole numbers from 1 up, one per halving of an image, such as (32, 64)",
+    ),
+    "checkpoint": (
+        lambda value: value is None or isinstance(value, (str, Path)),
+        "None or the path of a file",
+    ),
     "hidden_dims": (
         lambda value: isinstance(value, (tuple, list)) and all(_whole(width) for width in value),
         "a tuple of whole numbers from 1 up, such as (256, 256), or () for a linear model",
@@ -80,3 +93,12 @@ def check_parameters(estimator: Any) -> None:
         raise ParameterError("validation_fraction and calibration_fraction leave no rows for training")
     if estimator.objective == "iwae" and estimator.train_samples < 2:
         raise ParameterError("objective='iwae' needs train_samples of at least 2")
+    if estimator.objective == "semi_supervised" and estimator.conditioning == "per_class":
+        raise ParameterError(
+            "objective='semi_supervised' weighs the classes of a row against each other in one network: use "
+            "conditioning='shared'"
+        )
+    if estimator.objective == "hybrid" and not estimator.condition_on_observed:
+        raise ParameterError("objective='hybrid' predicts from an observed part: set condition_on_observed=True")
+    if estimator.inference_head and estimator.conditioning == "per_class":
+        raise ParameterError("inference_head=True tells classes apart in one network: use conditioning='shared'")

@@ -71,7 +71,7 @@ class StandardNormal:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Mixture of diagonal normals: log-weights (M, J), means and log-variances (M, J, Z)."""
+    """Mixture of diagonal normals: log-weights (M, J) or (M, N, J), means and log-variances (M, J, Z)."""
 
     log_weight: Tensor
     mean: Tensor
@@ -86,28 +86,28 @@ class Mixture:
         mean, log_variance = wide(posterior.mean), wide(posterior.log_variance)
         own_mean, own_log_variance = wide(self.mean), wide(self.log_variance)
         precision = torch.exp(-own_log_variance)
-        # log w_j - KL(q || p_j) as one product: (second moment, mean, 1, own entropy) times the components.
+        # KL(q || p_j) as one product: (second moment, mean, 1, own entropy) times the components.
         own = 0.5 * (log_variance.sum(-1, keepdim=True) + mean.shape[-1])
         rows = torch.cat([torch.exp(log_variance) + mean.square(), mean, torch.ones_like(own), own], dim=-1)
-        constant = wide(self.log_weight) - 0.5 * (own_log_variance + own_mean.square() * precision).sum(-1)
-        constant = constant.unsqueeze(-1)
+        constant = -0.5 * (own_log_variance + own_mean.square() * precision).sum(-1, keepdim=True)
         components = torch.cat([-0.5 * precision, own_mean * precision, constant, torch.ones_like(constant)], dim=-1)
-        exponent = torch.matmul(rows, components.mT).to(posterior.mean.dtype)
-        return -torch.logsumexp(exponent, dim=-1, keepdim=True)
+        exponent = self._weight() + torch.matmul(rows, components.mT)
+        return -torch.logsumexp(exponent, dim=-1, keepdim=True).to(posterior.mean.dtype)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of samples (M, S, N, Z): (M, S, N)."""
-        members, samples, rows, _ = z.shape
-        components = DiagonalNormal(self.mean.unsqueeze(1), self.log_variance.unsqueeze(1))
-        per_component = torch.stack(
-            [
-                DiagonalNormal(components.mean[:, :, j], components.log_variance[:, :, j]).log_prob(z)
-                for j in range(self.mean.shape[1])
-            ],
-            dim=-1,
-        )
-        weight = self.log_weight.reshape(members, 1, 1, -1).expand(members, samples, rows, -1)
-        return torch.logsumexp(weight + per_component, dim=-1)
+        """Log-density of samples (M, S, N, Z): (M, S, N); the squares are expanded into one product, as above."""
+        own_mean, own_log_variance, wide_z = wide(self.mean), wide(self.log_variance), wide(z)
+        precision = torch.exp(-own_log_variance)
+        rows = torch.cat([wide_z.square(), wide_z, torch.ones_like(wide_z[..., :1])], dim=-1)
+        constant = -0.5 * (own_log_variance + own_mean.square() * precision + LOG_TWO_PI).sum(-1, keepdim=True)
+        components = torch.cat([-0.5 * precision, own_mean * precision, constant], dim=-1)
+        per_component = torch.matmul(rows, components.mT.unsqueeze(1))
+        return torch.logsumexp(self._weight().unsqueeze(1) + per_component, dim=-1).to(z.dtype)
+
+    def _weight(self) -> Tensor:
+        """Log-weights (M, N or 1, J)."""
+        weight = wide(self.log_weight)
+        return weight if weight.dim() == 3 else weight.unsqueeze(1)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """``n`` draws per member, (M, n, Z)."""
@@ -115,6 +115,26 @@ class Mixture:
         index = chosen.unsqueeze(-1).expand(-1, -1, self.mean.shape[-1])
         mean, log_variance = self.mean.gather(1, index), self.log_variance.gather(1, index)
         return mean + torch.exp(0.5 * log_variance) * torch.empty_like(mean).normal_(generator=generator)
+
+
+@dataclass(frozen=True)
+class GroupedMixture:
+    """One mixture of equal weights per class: means and log-variances (M, G, J, Z)."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def of_rows(self, group: Tensor | None) -> Mixture:
+        """The mixture of every row's class (M or 1, N); None: all rows are of the only one."""
+        members, groups, n, _ = self.mean.shape
+        mean, log_variance = self.mean.flatten(1, 2), self.log_variance.flatten(1, 2)
+        log_weight = self.mean.new_full((members, groups * n), -math.log(n))
+        if groups == 1:
+            return Mixture(log_weight, mean, log_variance)
+        assert group is not None
+        own = torch.arange(groups, device=group.device).repeat_interleave(n)
+        outside = group.unsqueeze(-1) != own
+        return Mixture(torch.where(outside, -torch.inf, log_weight.unsqueeze(1)), mean, log_variance)
 
 
 class AggregatePosterior(nn.Module):

@@ -19,12 +19,16 @@ class Batch:
 
     ``observed`` is None where every cell is there, ``condition`` where the members know one class only.
     ``log_scale`` (M or 1, N or 1, D) is the logarithm of the class's scale, which belongs to the density.
+    ``given`` (M or 1, N, D) are cells that belong to the condition; ``class_index`` (M or 1, N) is each
+    row's class, -1 where it is not known.
     """
 
     values: Tensor
     observed: Tensor | None
     condition: Tensor | None
     log_scale: Tensor | None = None
+    given: Tensor | None = None
+    class_index: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class DeviceRows:
     observed: Tensor | None
     condition: Tensor | None
     log_scale: Tensor | None = None
+    class_index: Tensor | None = None
 
     @classmethod
     def of(
@@ -49,17 +54,22 @@ class DeviceRows:
         complete = bool(encoded.observed.all())
         condition = None
         if table is not None:
-            classes = table[torch.as_tensor(encoded.class_index, device=device)]
+            known = np.maximum(encoded.class_index, 0)
+            labelled = torch.as_tensor(encoded.class_index >= 0, device=device)
+            # A row without a class has no condition; what it is worth under each is the objective's to sum.
+            classes = table[torch.as_tensor(known, device=device)] * labelled.unsqueeze(1)
             condition = torch.cat([classes, tensor(encoded.continuous, device, dtype)], dim=1)
         values, log_scale = encoded.values, None
         if scaling is not None:
             values = scaling.to_class_units(values, encoded.class_index)
             log_scale = tensor(np.log(scaling.scale)[encoded.class_index], device, dtype)
+        class_index = torch.as_tensor(encoded.class_index, device=device)
         return cls(
             values=tensor(values, device, dtype),
             observed=None if complete else tensor(encoded.observed, device, dtype),
             condition=condition,
             log_scale=log_scale,
+            class_index=class_index,
         )
 
     def batch(self, rows: Tensor) -> Batch:
@@ -69,6 +79,7 @@ class DeviceRows:
             observed=None if self.observed is None else self.observed[rows],
             condition=None if self.condition is None else self.condition[rows],
             log_scale=None if self.log_scale is None else self.log_scale[rows],
+            class_index=None if self.class_index is None else self.class_index[rows],
         )
 
 

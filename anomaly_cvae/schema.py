@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -11,10 +11,11 @@ import pandas as pd
 
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.frames import CellType, IntArray, Level, LevelCells, cell_type, level_cells, numeric_cells
+from anomaly_cvae.images import ImageFormat, holds_images, image_format
 
 Name = str | int
-Kind = Literal["real", "binary", "categorical", "count"]
-ConditionKind = Literal["categorical", "continuous"]
+Kind = Literal["real", "binary", "categorical", "count", "pixel"]
+ConditionKind = Literal["categorical", "continuous", "attribute"]
 
 MAX_LEVELS = 1_000
 """A text column with more distinct values than this is taken for free text or an identifier."""
@@ -22,24 +23,38 @@ MAX_NUMERIC_CLASSES = 50
 """A numeric condition with more distinct values than this is taken for a continuous one."""
 MAX_CLASSES = 1_000
 """A condition of more classes than this is no context but an identifier."""
+MAX_TWO_VALUED = 4
+"""More two-valued conditions than this are attributes: each is told to the networks, none spans classes."""
 LARGEST_COUNT = 1e6
 """Whole numbers beyond this are modelled as real: a count's distribution says nothing useful there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One variable of x: what its cells are, and why they were taken for that."""
+    """One variable of x: what its cells are, and why they were taken for that; ``image`` for kind "pixel"."""
 
     name: Name
     kind: Kind
     levels: tuple[Level, ...] = ()
     missing_fraction: float = 0.0
     reason: str = ""
+    image: ImageFormat | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Column:
+        """Inverse of `dataclasses.asdict`."""
+        image = data.get("image")
+        image = None if image is None else ImageFormat.from_json(image)
+        return cls(**{**data, "levels": tuple(data["levels"]), "image": image})
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One variable of the condition c."""
+    """One variable of the condition c.
+
+    A categorical one spans classes; an attribute is one of many two-valued ones, which do not: forty of them
+    would make 2^40 classes.
+    """
 
     name: Name
     kind: ConditionKind
@@ -74,6 +89,16 @@ class Schema:
     def continuous_conditions(self) -> tuple[Condition, ...]:
         """The conditions that are numbers."""
         return tuple(c for c in self.conditions if c.kind == "continuous")
+
+    @property
+    def attributes(self) -> tuple[Condition, ...]:
+        """The two-valued conditions that span no classes."""
+        return tuple(c for c in self.conditions if c.kind == "attribute")
+
+    @property
+    def images(self) -> tuple[Column, ...]:
+        """The columns of images."""
+        return tuple(c for c in self.columns if c.image is not None)
 
     @property
     def class_names(self) -> list[str]:
@@ -131,7 +156,7 @@ class Schema:
     def from_json(cls, data: Mapping[str, Any]) -> Schema:
         """Inverse of `to_json`."""
         return cls(
-            columns=tuple(Column(**{**c, "levels": tuple(c["levels"])}) for c in data["columns"]),
+            columns=tuple(Column.from_json(c) for c in data["columns"]),
             conditions=tuple(Condition(**{**c, "levels": tuple(c["levels"])}) for c in data["conditions"]),
             classes=tuple(tuple(levels) for levels in data["classes"]),
             ignored=tuple(data["ignored"]),
@@ -148,8 +173,11 @@ def infer_column(cells: pd.Series, name: Name, asked: str | None = None) -> Colu
     """
     if asked is not None and asked not in get_args(Kind):
         raise ParameterError(f"column_kinds[{name!r}] is {asked!r}; use one of {', '.join(get_args(Kind))}")
-    content = cell_type(cells, name)
     missing = float(cells.isna().mean()) if len(cells) else 0.0
+    if asked == "pixel" or (asked is None and holds_images(cells)):
+        image = image_format(cells, name)
+        return Column(name, "pixel", (), missing, "asked for" if asked else f"images, {image}", image)
+    content = cell_type(cells, name)
     kind, reason = (cast(Kind, asked), "asked for") if asked else _infer_kind(cells, name, content)
     if kind in ("real", "count") and content == "string" and cells.notna().any():
         raise DataError(f"column {name!r} holds text and cannot be {kind}; convert it to numbers")
@@ -221,8 +249,10 @@ def _infer_whole(present: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Kind, 
     return "count", "whole numbers from 0 up"
 
 
-def infer_condition(cells: pd.Series, name: Name, asked: str | None = None) -> Condition:
+def infer_condition(cells: pd.Series, name: Name, asked: str | None = None, may_miss: bool = False) -> Condition:
     """Say what one condition is: text, categories, booleans and few whole numbers span classes.
+
+    ``may_miss``: training has a use for rows without a condition.
 
     Raises
     ------
@@ -231,18 +261,41 @@ def infer_condition(cells: pd.Series, name: Name, asked: str | None = None) -> C
     """
     if asked is not None and asked not in get_args(ConditionKind):
         raise ParameterError(
-            f"column_kinds[{name!r}] is {asked!r}; a condition is {' or '.join(get_args(ConditionKind))}"
+            f"column_kinds[{name!r}] is {asked!r}; a condition is {', '.join(get_args(ConditionKind))}"
         )
     content = cell_type(cells, name)
-    if cells.isna().any():
+    if cells.isna().any() and not may_miss:
         row = int(np.flatnonzero(cells.isna().to_numpy())[0])
-        raise ConditionError(f"condition {name!r} is missing (NaN) in row {row}; fill it or drop the row for training")
+        raise ConditionError(
+            f"condition {name!r} is missing (NaN) in row {row}; fill it or drop the row for training (or learn from "
+            "rows without it: objective='semi_supervised')"
+        )
+    if cells.isna().all():
+        raise ConditionError(f"condition {name!r} is missing in every row; give some rows one, or train without it")
+    cells = cells.dropna()
     kind, reason = ("", "asked for") if asked else _infer_condition_kind(cells, name, content)
     kind = asked or kind
     if kind == "continuous":
         numeric_cells(cells, name)
         return Condition(name, "continuous", (), reason)
-    return Condition(name, "categorical", _sorted_levels(level_cells(cells, name).levels), reason)
+    levels = _sorted_levels(level_cells(cells, name).levels)
+    if kind == "attribute" and len(levels) != 2:
+        raise ConditionError(
+            f"condition {name!r} cannot be an attribute: it has {len(levels)} value(s), {list(levels[:5])}, not two"
+        )
+    return Condition(name, cast(ConditionKind, kind), levels, reason)
+
+
+def as_attributes(conditions: Sequence[Condition], kinds: Mapping[Name, str]) -> tuple[Condition, ...]:
+    """The conditions, with two-valued ones as attributes where there are more than `MAX_TWO_VALUED` of them.
+
+    ``kinds`` says what was asked for: those stay what they are.
+    """
+    free = [c for c in conditions if c.kind == "categorical" and len(c.levels) == 2 and c.name not in kinds]
+    if len(free) <= MAX_TWO_VALUED:
+        return tuple(conditions)
+    reason = f"one of {len(free)} two-valued conditions"
+    return tuple(replace(c, kind="attribute", reason=reason) if c in free else c for c in conditions)
 
 
 def _infer_condition_kind(cells: pd.Series, name: Name, content: CellType) -> tuple[str, str]:
@@ -287,7 +340,8 @@ def observed_classes(cells: Sequence[LevelCells], names: Sequence[Name] = ()) ->
     """
     if not cells:
         return ((),)
-    combinations = pd.MultiIndex.from_arrays([c.codes for c in cells]).unique()
+    complete = np.all([c.codes >= 0 for c in cells], axis=0)
+    combinations = pd.MultiIndex.from_arrays([c.codes[complete] for c in cells]).unique()
     if len(combinations) > MAX_CLASSES:
         raise ConditionError(
             f"the condition {', '.join(map(repr, names))} has {len(combinations):,} classes, more than "

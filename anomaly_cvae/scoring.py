@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray, IntArray
-from anomaly_cvae.model import CVAE, Terms
+from anomaly_cvae.model import CVAE, Seen, Terms
 from anomaly_cvae.objectives import accumulator, elbo
-from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal
+from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Prior
 from anomaly_cvae.rows import Batch, tensor
 
 # Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
+IMAGE_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,74 @@ class ScoringEngine:
         empty = ~encoded.observed.any(axis=1)
         return ColumnScores(columns, np.where(empty, 0.0, kl))
 
+    def negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
+        """-log p(x | c) by importance sampling, (N,), nats: the mean over members of minus the IWAE bound.
+
+        In expectation at least -log p(x | c), at most the negative ELBO, and nearer with more samples
+        (Burda, Grosse and Salakhutdinov 2016, theorem 1).
+        """
+        nats = np.zeros(len(encoded))
+        generator = self.generator(seed)
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded, n_samples=n_samples):
+                nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, n_samples, generator).mean(0))
+        return np.where(encoded.observed.any(axis=1), nats, 0.0)
+
+    def _log_mean_weight(self, chunk: Chunk, n_samples: int, generator: torch.Generator) -> Tensor:
+        """The IWAE bound of a chunk, (M, N), from as many samples at a time as fit."""
+        members, n_rows = chunk.members.stop - chunk.members.start, len(chunk.places)
+        at_a_time = max(1, self._numbers_at_a_time() // (members * n_rows * self.model.widest))
+        seen = self.model.look(chunk.batch, chunk.members)
+        posterior = self.model.encode(chunk.batch, chunk.members)
+        prior = self._prior(chunk, seen)
+        parts = []
+        for start in range(0, n_samples, at_a_time):
+            shape = (members, min(at_a_time, n_samples - start), n_rows, self.noise.shape[1])
+            noise = torch.empty(shape, dtype=self.noise.dtype, device=self.device).normal_(generator=generator)
+            z = posterior.sample(noise)
+            log_prob = self.model.log_prob(self.model.decode(z, chunk.batch.condition, chunk.members, seen), chunk.batch)
+            log_weight = log_prob.sum(-1, dtype=accumulator(log_prob)) + prior.log_prob(z) - posterior.log_prob(z)
+            parts.append(torch.logsumexp(log_weight, dim=1))
+        return torch.logsumexp(torch.stack(parts), dim=0) - math.log(n_samples)
+
+    def class_negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
+        """The same of every row under every class, (N, K)."""
+        columns = [
+            self.negative_log_likelihood(encoded.of_class(np.full(len(encoded), k, dtype=np.int64)), n_samples, seed)
+            for k in range(self.n_classes)
+        ]
+        return np.stack(columns, axis=1)
+
+    def condition_logits(self, encoded: Encoded) -> FloatArray:
+        """Mean over members of the logits of q(c | x), (N, K + A); whatever condition the rows claim."""
+        n_told = self.model.architecture.n_classes + self.model.architecture.n_attributes
+        logits = np.zeros((len(encoded), n_told))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded.of_class(np.zeros(len(encoded), dtype=np.int64))):
+                logits[chunk.places] = _numpy(self.model.condition_logits(chunk.batch, chunk.members).mean(0))
+        return logits
+
+    def elbo_parts(self, encoded: Encoded) -> FloatArray:
+        """What the negative ELBO is made of, kept apart, under the first member of each class: (N, 4).
+
+        Reconstruction (nats), KL (nats), squared norm of the posterior mean, sum of the posterior's
+        log-variances.
+        """
+        parts = np.zeros((len(encoded), 4))
+        with torch.inference_mode():
+            for chunk in self._chunks(encoded):
+                first = replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
+                terms = self._terms(first)
+                wide = accumulator(terms.log_prob)
+                columns = (
+                    -terms.log_prob.sum(-1, dtype=wide).mean(1),
+                    terms.kl.sum(-1, dtype=wide),
+                    terms.posterior.mean.square().sum(-1),
+                    terms.posterior.log_variance.sum(-1),
+                )
+                parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)
+        return parts
+
     def posterior_mean(self, encoded: Encoded) -> FloatArray:
         """Latent coordinates of each row under the first member of its class, (N, Z)."""
         means = np.zeros((len(encoded), self.noise.shape[1]))
@@ -123,33 +193,73 @@ class ScoringEngine:
         return means
 
     def expected(self, encoded: Encoded) -> FloatArray:
-        """What the model expects of every cell given the observed ones, (N, D), encoded values."""
-        values = np.zeros(encoded.values.shape)
+        """What the model expects of every cell given the observed ones, (N, D), encoded values.
+
+        With an observed part as condition, z comes from what that part says of it; else from q(z | x, c).
+        """
+        values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
         with torch.inference_mode():
-            for chunk in self._chunks(encoded):
-                z = self.model.encode(chunk.batch, chunk.members).sample(self.noise)
-                parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
+            for chunk in self._chunks(self._as_given(encoded)):
+                seen = self.model.look(chunk.batch, chunk.members)
+                z = self._latent(chunk, seen).sample(self.noise)
+                parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
                 values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
         return values
 
-    def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator) -> FloatArray:
+    def draw(
+        self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True
+    ) -> FloatArray:
         """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.
 
-        Each draw takes z from q(z | x, c) and the cells from p(x | z, c) of a random member.
+        Each draw takes z as `expected` does and the cells from p(x | z, c) of a random member; without
+        ``noise`` the cells are what p(x | z, c) expects.
         """
-        values = np.zeros((n_draws, *encoded.values.shape))
+        values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
         with torch.inference_mode():
-            for chunk in self._chunks(encoded):
-                posterior = self.model.encode(chunk.batch, chunk.members)
+            for chunk in self._chunks(self._as_given(encoded), n_samples=n_draws):
+                seen = self.model.look(chunk.batch, chunk.members)
+                posterior = self._latent(chunk, seen)
                 members, n_rows, latent = posterior.mean.shape
-                noise = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
-                z = posterior.sample(noise.normal_(generator=generator))
-                parameters = self.model.decode(z, chunk.batch.condition, chunk.members)
-                drawn = self.model.draw(parameters, generator)
+                own = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
+                z = posterior.sample(own.normal_(generator=generator))
+                parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
                 member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
-                own = _numpy(drawn[member, torch.arange(n_draws, device=self.device)])
-                values[:, chunk.places] = self.from_class_units(own, chunk.k)
+                chosen = parameters[member, torch.arange(n_draws, device=self.device)].unsqueeze(0)
+                drawn = self.model.draw(chosen, generator)[0] if noise else self.model.expected_each(chosen)[0]
+                values[:, chunk.places] = self.from_class_units(_numpy(drawn), chunk.k)
         return values
+
+    def decode(self, z: FloatArray, k: int, continuous: FloatArray) -> FloatArray:
+        """What the first member of class ``k`` expects of cells at latent points (N, Z): encoded values (N, D)."""
+        start = self.members_of(k).start
+        members, blocks = slice(start, start + 1), []
+        size = max(1, self._numbers_at_a_time() // self.model.widest)
+        with torch.inference_mode():
+            for first in range(0, len(z), size):
+                own, also = z[first : first + size], continuous[first : first + size]
+                points = tensor(own, self.device, self.noise.dtype).reshape(1, 1, len(own), -1)
+                seen = self.blind(len(own), k, also, members)
+                parameters = self.model.decode(points, self.condition(k, also), members, seen)
+                blocks.append(_numpy(self.model.expected_each(parameters)[0, 0]))
+        return self.from_class_units(np.concatenate(blocks), k)
+
+    def blind(self, n_rows: int, k: int, continuous: FloatArray, members: slice | None = None) -> Seen | None:
+        """What rows of class ``k`` say that give nothing of themselves; None in a model that does not look."""
+        empty = torch.zeros(1, n_rows, self.model.n_cells, dtype=self.noise.dtype, device=self.device)
+        batch = Batch(empty, None, self.condition(k, continuous))
+        return self.model.look(batch, self.members_of(k) if members is None else members)
+
+    def _as_given(self, encoded: Encoded) -> Encoded:
+        """Rows with their observed cells as condition where the model takes one and cells are missing."""
+        if not self.model.architecture.observed_condition or encoded.given is not None or encoded.observed.all():
+            return encoded
+        return replace(encoded, given=encoded.observed)
+
+    def _latent(self, chunk: Chunk, seen: Seen | None) -> DiagonalNormal:
+        """q(z | x, c), or p(z | x_observed, c) of rows that give a part of themselves."""
+        if seen is not None and chunk.batch.given is not None:
+            return seen.prior
+        return self.model.encode(chunk.batch, chunk.members)
 
     def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
         """q(z | x, c) chunk by chunk, for fitting the aggregate posterior."""
@@ -181,7 +291,7 @@ class ScoringEngine:
         own = tensor(continuous, self.device, self.noise.dtype).unsqueeze(0)
         return torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1)
 
-    def _chunks(self, encoded: Encoded, *, padded: bool = False) -> Iterator[Chunk]:
+    def _chunks(self, encoded: Encoded, *, padded: bool = False, n_samples: int | None = None) -> Iterator[Chunk]:
         """Rows class by class; ``padded`` repeats the last row of a short chunk, so that few shapes occur.
 
         On a CPU every new shape costs each layer a kernel of its own, about 0.4 MB that is kept.
@@ -192,7 +302,7 @@ class ScoringEngine:
         for k in range(self.n_classes):
             start, stop = np.searchsorted(classes, [k, k + 1])
             members = self.members_of(k)
-            size = self.chunk_rows or self._chunk_size(members)
+            size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
             for first in range(start, stop, size):
                 places = order[first : min(first + size, stop)]
                 if padded and len(places) < size and self.device.type == "cpu":
@@ -210,19 +320,31 @@ class ScoringEngine:
             observed=None if complete else tensor(encoded.observed[places], self.device, dtype).unsqueeze(0),
             condition=self.condition(k, encoded.continuous[places]),
             log_scale=log_scale,
+            given=None if encoded.given is None else tensor(encoded.given[places], self.device, dtype).unsqueeze(0),
         )
         return Chunk(places, k, members, 0 if self.members_per_class is not None else k, batch)
 
-    def _chunk_size(self, members: slice) -> int:
+    def _chunk_size(self, members: slice, n_samples: int) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
-        hidden = max(*self.model.architecture.hidden_dims, 1, self.model.architecture.latent_dim)
-        width = max(hidden, self.model.decoder.layers[-1].get_parameter("bias").shape[-1])
-        per_row = (members.stop - members.start) * len(self.noise) * width
-        return max(32, CHUNK_NUMBERS[self.device.type] // int(per_row))
+        per_row = (members.stop - members.start) * n_samples * self.model.widest
+        least = 1 if self.model.shapes else 32
+        return max(least, self._numbers_at_a_time() // int(per_row))
+
+    def _numbers_at_a_time(self) -> int:
+        # Convolutions run well on blocks that no cache holds; small ones waste their overhead.
+        return CHUNK_NUMBERS[self.device.type] * (IMAGE_FACTOR if self.model.shapes else 1)
 
     def _terms(self, chunk: Chunk) -> Terms:
-        prior = None if self.aggregate is None else self.aggregate.select(chunk.members, chunk.group)
-        return self.model.terms(chunk.batch, self.noise, members=chunk.members, prior=prior)
+        return self.model.terms(chunk.batch, self.noise, members=chunk.members, prior=self._aggregate(chunk))
+
+    def _aggregate(self, chunk: Chunk) -> Prior | None:
+        return None if self.aggregate is None else self.aggregate.select(chunk.members, chunk.group)
+
+    def _prior(self, chunk: Chunk, seen: Seen | None) -> Prior:
+        """p(z | c) of a chunk at scoring time."""
+        if seen is not None:
+            return seen.prior
+        return self._aggregate(chunk) or self.model.prior(chunk.batch.condition, chunk.members, chunk.batch.class_index)
 
 
 def _padded_length(n_rows: int, size: int) -> int:

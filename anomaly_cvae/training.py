@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from anomaly_cvae.errors import TrainingDivergedError
-from anomaly_cvae.model import CVAE, Terms
-from anomaly_cvae.objectives import Objective, elbo
+from anomaly_cvae import checkpoints
+from anomaly_cvae.errors import BundleError, TrainingDivergedError
+from anomaly_cvae.masks import MaskShapes, hidden_cells
+from anomaly_cvae.model import CVAE
+from anomaly_cvae.objectives import BoundObjective, Draws, Loss, Objective
 from anomaly_cvae.rows import Batch, DeviceRows
 
 LEARNING_RATE_WARMUP = 0.05
@@ -20,6 +24,14 @@ KL_WARMUP = 0.2
 MAX_EPOCHS = 40
 MAX_VALIDATION_ROWS = 2_000
 VALIDATION_SHARE = 0.9
+VALIDATION_SAMPLES = 1
+"""Samples of z per held-out row of images: decoding them is what a look costs."""
+CHECKPOINT_SECONDS = 60.0
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+NOT_COMPARED = ("objective", "checkpoint")
+"""Settings that a continued training may have otherwise, or that are compared by their kind."""
+BLIND_SHARE = 0.1
+"""Rows that are shown nothing of themselves where an observed part is the condition."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +39,22 @@ class TrainingSettings:
     """How a bank is trained.
 
     ``patience`` counts epochs without a better held-out negative ELBO; ``clip_norm`` bounds each member's
-    gradient; ``mask_rate`` is the share of rows that have a random part of their cells hidden.
+    gradient; ``mask_rate`` is the share of rows that have a random part of their cells hidden, of images in
+    ``mask_shapes``. ``checkpoint`` is a file to continue from, and to note progress in.
     """
 
     max_steps: int
     batch_size: int
     learning_rate: float
-    objective: Objective = elbo
-    train_samples: int = 1
+    objective: Objective = field(default_factory=BoundObjective)
     kl_weight: float = 1.0
     input_noise: float = 0.0
     mask_rate: float = 0.0
+    mask_shapes: MaskShapes = "mixed"
     patience: int = 10
     weight_decay: float = 1e-4
     clip_norm: float = 5.0
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,7 @@ class _Loop:
         self.model, self.rows, self.settings = model, rows, settings
         self.generator, self.noise, self.describe = generator, validation_noise, describe
         device = rows.values.device
+        self.draws = Draws(generator, device, rows.values.dtype)
         self.table, self.counts = _pad(training_rows, device)
         held_out = [chosen[:MAX_VALIDATION_ROWS] for chosen in validation_rows]
         self.validation_table, self.validation_counts = _pad(held_out, device)
@@ -138,21 +153,25 @@ class _Loop:
         self.best = [p.detach().clone() for p in self.parameters]
         self.stale = torch.zeros(members, dtype=torch.long, device=device)
         self.epochs: list[Epoch] = []
-        self.started = time.perf_counter()
+        self.started = self.noted = time.perf_counter()
+        settings.objective.start(model, self.draws, settings.learning_rate)
 
     def run(self, on_epoch: Callable[[Epoch], bool] | None) -> str:
         interval = epoch_length(int(self.counts.max()), self.batch_size, self.settings.max_steps)
         total = torch.zeros((), dtype=torch.float64)
-        self.evaluate(0, math.nan)
-        for step in range(self.settings.max_steps):
+        first = self.resume()
+        if first == 0:
+            self.evaluate(0, math.nan)
+        for step in range(first, self.settings.max_steps):
             total += self.step(step)
             if (step + 1) % interval and step + 1 < self.settings.max_steps:
                 continue
             self.epochs.append(self.evaluate(step + 1, float(total) / ((step % interval) + 1)))
             total.zero_()
+            self.note(step + 1)
             if on_epoch is not None and on_epoch(self.epochs[-1]):
                 return "callback"
-            if int(self.stale.min()) >= self.settings.patience:
+            if self.settings.objective.keeps_best and int(self.stale.min()) >= self.settings.patience:
                 return "early stopping"
         return "max_steps"
 
@@ -160,18 +179,19 @@ class _Loop:
         """One optimiser step of every member; returns the mean loss in nats per row."""
         settings = self.settings
         batch = self.augment(self.rows.batch(self.draw()))
-        terms = self.model.terms(batch, self.latent_noise(batch))
-        loss = -settings.objective(terms, self.kl_weight(step)).mean(-1)
+        found = settings.objective.loss(self.model, batch, self.draws, self.kl_weight(step))
+        loss = found.rows.mean(-1)
         mean_loss = float(loss.detach().mean())
         if not math.isfinite(mean_loss):
-            self.raise_diverged(step, batch, terms, loss)
+            self.raise_diverged(step, batch, found, loss)
         self.optimizer.zero_grad(set_to_none=True)
         # Members share no parameter, so the gradient of the sum is each member's own gradient.
-        (loss.sum() / terms.log_prob.shape[-1]).backward()  # type: ignore[no-untyped-call]  # torch has no types here
+        (loss.sum() / batch.values.shape[-1]).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         self.clip_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
+        settings.objective.after(self.learning_rate(step))
         return mean_loss
 
     def draw(self) -> Tensor:
@@ -184,29 +204,24 @@ class _Loop:
         """Add training noise, and hide a random part of some rows."""
         if self.settings.input_noise > 0.0:
             batch = self.model.jitter(batch, self.settings.input_noise, self.generator)
-        if self.settings.mask_rate == 0.0:
+        members, n_rows, n_cells = batch.values.shape
+        lead, shapes, form = (members, n_rows), self.model.shapes, self.settings.mask_shapes
+        if self.settings.mask_rate > 0.0:
+            hidden = hidden_cells(self.draws, lead, n_cells, shapes, form)
+            hidden = hidden * (self.draws.uniform(*lead, 1) < self.settings.mask_rate)
+            kept = 1.0 - hidden
+            batch = replace(batch, observed=kept if batch.observed is None else batch.observed * kept)
+        return self.with_given(batch, self.draws)
+
+    def with_given(self, batch: Batch, draws: Draws) -> Batch:
+        """The batch with a random part of its cells as condition, where the model takes one."""
+        if not self.model.architecture.observed_condition:
             return batch
-        members, n_rows, _ = batch.values.shape
-
-        def uniform(n: int) -> Tensor:
-            return torch.rand(
-                (members, n_rows, n),
-                generator=self.generator,
-                device=batch.values.device,
-                dtype=batch.values.dtype,
-            )
-
-        hidden_share = torch.where(uniform(1) < self.settings.mask_rate, uniform(1), 0.0)
-        kept = (uniform(batch.values.shape[-1]) >= hidden_share).to(batch.values.dtype)
-        observed = kept if batch.observed is None else batch.observed * kept
-        return replace(batch, observed=observed)
-
-    def latent_noise(self, batch: Batch) -> Tensor:
-        members, n_rows, _ = batch.values.shape
-        shape = (members, self.settings.train_samples, n_rows, self.model.architecture.latent_dim)
-        return torch.empty(shape, dtype=batch.values.dtype, device=batch.values.device).normal_(
-            generator=self.generator
-        )
+        members, n_rows, n_cells = batch.values.shape
+        hidden = hidden_cells(draws, (members, n_rows), n_cells, self.model.shapes, self.settings.mask_shapes)
+        # Some rows see nothing: the model of them is p(x | c), which samples and whole rows are judged by.
+        blind = draws.uniform(members, n_rows, 1) < BLIND_SHARE
+        return replace(batch, given=torch.where(blind, 0.0, 1.0 - hidden))
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then cosine decay to zero."""
@@ -237,8 +252,9 @@ class _Loop:
         improved = loss < self.best_loss
         self.best_loss = torch.where(improved, loss, self.best_loss)
         self.stale = torch.where(improved, 0, self.stale + 1)
+        kept = improved if self.settings.objective.keeps_best else torch.ones_like(improved)
         for best, parameter in zip(self.best, self.parameters, strict=True):
-            best[improved] = parameter.detach()[improved]
+            best[kept] = parameter.detach()[kept]
         return Epoch(
             epoch=len(self.epochs) + 1,
             step=step,
@@ -252,15 +268,18 @@ class _Loop:
         )
 
     def validation_loss(self) -> Tensor:
-        """Mean negative ELBO of each member's held-out rows, (M,), float64; never tempered.
+        """Mean held-out loss of each member, (M,), float64: the negative ELBO or what the objective says instead.
 
         The worst tenth of the rows is left out: one spike in a nearly constant column costs thousands of
         nats, and would make the untrained network the best one.
         """
-        losses = []
+        losses, noise = [], self.noise[:VALIDATION_SAMPLES] if self.model.shapes else self.noise
+        device = self.rows.values.device
+        masks = Draws(torch.Generator(device).manual_seed(0), device, self.rows.values.dtype)
         for start in range(0, self.validation_table.shape[1], 500):
             chosen = self.validation_table[:, start : start + 500]
-            losses.append(-elbo(self.model.terms(self.rows.batch(chosen), self.noise)))
+            batch = self.with_given(self.rows.batch(chosen), masks)
+            losses.append(self.settings.objective.held_out(self.model, batch, noise))
         ranked = torch.cat(losses, dim=1)
         place = torch.arange(ranked.shape[1], device=ranked.device)
         ranked = torch.where(place < self.validation_counts.unsqueeze(1), ranked, torch.inf).sort(dim=1).values
@@ -273,11 +292,73 @@ class _Loop:
         for best, parameter in zip(self.best, self.parameters, strict=True):
             parameter.copy_(best)
 
-    def raise_diverged(self, step: int, batch: Batch, terms: Terms, loss: Tensor) -> None:
+    def resume(self) -> int:
+        """Continue from the checkpoint, if there is one; returns the first step to take.
+
+        Raises
+        ------
+        BundleError
+            If the checkpoint is of another model, of other settings, or damaged.
+        """
+        path = self.settings.checkpoint
+        if path is None or not path.is_file():
+            return 0
+        tensors, notes = checkpoints.read(path, self.rows.values.device)
+        if notes["settings"] != self.fingerprint():
+            raise BundleError(
+                f"{path} is the checkpoint of another training (model, rows or settings differ); delete it to start "
+                "again, or give another file"
+            )
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
+                self.best[i].copy_(tensors[f"best.{i}"])
+            for i, parameter in enumerate(self.settings.objective.own_parameters()):
+                parameter.copy_(tensors[f"objective.{i}"])
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            i: {key: tensors[f"optimizer.{i}.{key}"].cpu() if key == "step" else tensors[f"optimizer.{i}.{key}"]
+                for key in OPTIMIZER_STATE}
+            for i in range(len(self.parameters))
+        }  # fmt: skip
+        self.optimizer.load_state_dict(state)
+        self.best_loss, self.stale = tensors["best_loss"], tensors["stale"]
+        self.generator.set_state(tensors["generator"].cpu())
+        self.epochs = [Epoch(**{**e, "validation_per_member": tuple(e["validation_per_member"])}) for e in notes["epochs"]]
+        self.started -= self.epochs[-1].seconds if self.epochs else 0.0
+        return int(notes["step"])
+
+    def note(self, step: int) -> None:
+        """Write down where training stands after ``step`` steps, a minute or more after the last time."""
+        path, now = self.settings.checkpoint, time.perf_counter()
+        if path is None or (now - self.noted < CHECKPOINT_SECONDS and step < self.settings.max_steps):
+            return
+        self.noted = now
+        state = self.optimizer.state_dict()["state"]
+        tensors = {
+            **checkpoints.named("parameter", self.parameters),
+            **checkpoints.named("best", self.best),
+            **checkpoints.named("objective", self.settings.objective.own_parameters()),
+            **{f"optimizer.{i}.{key}": own[key] for i, own in state.items() for key in OPTIMIZER_STATE},
+            "best_loss": self.best_loss,
+            "stale": self.stale,
+            "generator": self.generator.get_state(),
+        }
+        notes = {"step": step, "settings": self.fingerprint(), "epochs": [asdict(epoch) for epoch in self.epochs]}
+        checkpoints.write(path, tensors, notes)
+
+    def fingerprint(self) -> str:
+        """What has to agree for a checkpoint to be of this training."""
+        settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in NOT_COMPARED}
+        rows = [list(self.rows.values.shape), float(self.rows.values[:1000].double().sum())]
+        return json.dumps([asdict(self.model.architecture), settings, rows, type(self.settings.objective).__name__])
+
+    def raise_diverged(self, step: int, batch: Batch, found: Loss, loss: Tensor) -> None:
         member = int((~torch.isfinite(loss)).nonzero()[0])
         # A cell that is not finite spoils z and so every column: look at the rows before the terms.
         bad = (~torch.isfinite(batch.values[member])).any(dim=0)
-        bad = bad if bad.any() else (~torch.isfinite(terms.log_prob[member])).any(dim=0).any(dim=0)
+        if not bad.any() and found.log_prob is not None:
+            bad = (~torch.isfinite(found.log_prob[member])).any(dim=0).any(dim=0)
         one_is_to_blame = bool(bad.any()) and (len(bad) == 1 or not bool(bad.all()))
         where = self.describe(member, int(bad.nonzero()[0]) if one_is_to_blame else -1)
         raise TrainingDivergedError(

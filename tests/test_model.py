@@ -83,7 +83,7 @@ class LinearGaussian:
         architecture = Architecture(1, self.latent_dim, (), CLASSES, learned_prior=learned_prior, scale_floor=1e-12)
         model = CVAE(architecture, columns, seed).double()
         with torch.no_grad():
-            decoder = model.decoder.layers[0]
+            decoder = model.decoder.mlp.layers[0]
             decoder.weight.zero_()[0, :, : self.n_columns] = self.loading.T
             decoder.condition_weight.zero_()[0, :, : self.n_columns] = self.offset
             decoder.bias.zero_()[0, 0, self.n_columns :] = self.noise_variance.log()
@@ -104,7 +104,7 @@ class LinearGaussian:
         precision = 1 / self.prior_variance + (seen.loading * weighted).sum(0)
         constant = (self.prior_mean / self.prior_variance - seen.offset @ weighted) / precision
         with torch.no_grad():
-            encoder = model.encoder.layers[0]
+            encoder = model.encoder.mlp.layers[0]
             encoder.weight[0, :, self.latent_dim :] = 0.0
             encoder.weight[0, list(observed), : self.latent_dim] = weighted / precision
             encoder.condition_weight.zero_()[0, :, : self.latent_dim] = constant
@@ -248,8 +248,8 @@ def test_masked_columns_equal_the_network_of_the_remaining_columns() -> None:
     values, classes = linear_rows(30)
     full, rest = truth.network(seed=3), truth.of_columns(kept).network()
     with torch.no_grad():
-        rest.encoder.load_state_dict(
-            full.encoder.state_dict() | {"layers.0.weight": full.encoder.layers[0].weight[:, kept]}
+        rest.encoder.mlp.load_state_dict(
+            full.encoder.mlp.state_dict() | {"layers.0.weight": full.encoder.mlp.layers[0].weight[:, kept]}
         )
     noise = torch.randn((4, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     observed = torch.tensor([True, False, True, True, False])
@@ -332,8 +332,8 @@ def test_the_seed_makes_the_weights_whatever_the_global_generator() -> None:
     again = CVAE(Architecture(2, 2, (4,)), MIXED, seed=3).state_dict()
     other = CVAE(Architecture(2, 2, (4,)), MIXED, seed=4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["encoder.layers.0.weight"], other["encoder.layers.0.weight"])
-    assert not torch.equal(first["encoder.layers.0.weight"][0], first["encoder.layers.0.weight"][1])
+    assert not torch.equal(first["encoder.mlp.layers.0.weight"], other["encoder.mlp.layers.0.weight"])
+    assert not torch.equal(first["encoder.mlp.layers.0.weight"][0], first["encoder.mlp.layers.0.weight"][1])
 
 
 def test_the_log_densities_of_z_are_those_of_its_distributions() -> None:
@@ -397,7 +397,7 @@ def test_the_condition_enters_at_every_layer(part: str, layer: int) -> None:
     layers = getattr(model, part).layers
     assert len(layers) == 3
     with torch.no_grad():
-        for other in (*model.encoder.layers, *model.decoder.layers):
+        for other in (*model.encoder.mlp.layers, *model.decoder.mlp.layers):
             if other is not layers[layer]:
                 other.condition_weight.zero_()
     before = model.terms(batch, fixed_noise())
@@ -545,7 +545,7 @@ def test_masked_cells_have_exactly_no_gradient() -> None:
     terms = model.terms(Batch(values, observed, batch.condition), fixed_noise())
     (elbo(terms).sum()).backward()
     # Decoder outputs of column 4: after 1 + (3 + 4) + 2 outputs come two means and two log-variances.
-    for parameter in (model.decoder.layers[-1].weight, model.decoder.layers[-1].bias, model.decoder.skip):
+    for parameter in (model.decoder.mlp.layers[-1].weight, model.decoder.mlp.layers[-1].bias, model.decoder.mlp.skip):
         assert not parameter.grad[..., [10, 12]].any()
         assert parameter.grad[..., [11, 13]].any()
     for parameter in model.parameters():

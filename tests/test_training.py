@@ -407,8 +407,8 @@ def test_losses_are_nats_per_row_and_only_the_training_loss_is_tempered() -> Non
     data = replace(rows(), values=rows().values[:1].expand(240, -1))
     model = bank(hidden_dims=())
     with torch.no_grad():
-        model.decoder.layers[0].weight.zero_()
-        model.encoder.layers[0].bias.fill_(1.0)
+        model.decoder.mlp.layers[0].weight.zero_()
+        model.encoder.mlp.layers[0].bias.fill_(1.0)
         terms = model.terms(data.batch(TRAINING[None, :1]), NOISE.double())
     reconstruction, kl = float(-terms.log_prob[0, 0].sum()), float(terms.kl.sum())
     assert kl > 0.1

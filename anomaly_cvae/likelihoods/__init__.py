@@ -4,6 +4,7 @@ from anomaly_cvae.likelihoods.base import LIKELIHOODS, Likelihood, likelihood_cl
 from anomaly_cvae.likelihoods.bernoulli import Bernoulli
 from anomaly_cvae.likelihoods.categorical import Categorical
 from anomaly_cvae.likelihoods.counts import NegativeBinomial, Poisson
+from anomaly_cvae.likelihoods.discretised_logistic import DiscretisedLogistic
 from anomaly_cvae.likelihoods.normal import Normal
 from anomaly_cvae.likelihoods.robust_normal import RobustNormal
 from anomaly_cvae.likelihoods.student_t import StudentT
@@ -12,6 +13,7 @@ __all__ = [
     "LIKELIHOODS",
     "Bernoulli",
     "Categorical",
+    "DiscretisedLogistic",
     "Likelihood",
     "NegativeBinomial",
     "Normal",

@@ -19,7 +19,8 @@ class Likelihood(nn.Module):
     """The distribution of a block of columns given the decoder's outputs.
 
     Shapes: values are (…, D), decoder outputs (…, P) with P = `n_parameters`, log-probabilities (…, D)
-    in nats, in the units of the raw column (log-Jacobians included). D is this block's own width.
+    in nats, in the units of the raw column (log-Jacobians included). D counts this block's own cells: an
+    image has one per pixel and channel. Outputs are P / D blocks of D.
     """
 
     name: ClassVar[str]
@@ -29,7 +30,7 @@ class Likelihood(nn.Module):
 
     def __init__(self, columns: Sequence[FittedColumn], scale_floor: float) -> None:
         super().__init__()
-        self.n_columns = self.n_features = len(columns)
+        self.n_columns = self.n_features = sum(column.width for column in columns)
 
     def features(self, values: Tensor, observed: Tensor | None) -> Tensor:
         """What the encoder sees of ``values``: (…, F), zero where a cell is missing."""
@@ -41,6 +42,10 @@ class Likelihood(nn.Module):
 
     def expected(self, parameters: Tensor) -> Tensor:
         """Mean (numbers) or most probable code (levels) of the mixture over axes 0 and 1: (M, S, N, P) -> (N, D)."""
+        raise NotImplementedError
+
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Mean of every cell, (…, D), with a gradient; of the likelihoods that pixels may have."""
         raise NotImplementedError
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
@@ -81,8 +86,9 @@ def squash(values: Tensor) -> Tensor:
 
 
 def buffer(columns: Sequence[FittedColumn], read: Callable[[FittedColumn], float]) -> Tensor:
-    """One number per column, shape (D,), in float64; the model casts it to its own type."""
-    return torch.tensor([read(column) for column in columns], dtype=torch.float64)
+    """One number per cell, shape (D,), in float64; the model casts it to its own type."""
+    numbers = [read(column) for column in columns for _ in range(column.width)]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bernoulli likelihood of two-valued columns."""
+"""Bernoulli likelihood of two-valued columns and black-and-white pixels."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Bernoulli(Likelihood):
     def __init__(self, columns: Sequence[FittedColumn], scale_floor: float) -> None:
         super().__init__(columns, scale_floor)
         self.n_parameters = self.n_columns
+        self.is_image = any(column.shape for column in columns)
         self.register_buffer("log_unknown", -torch.log(buffer(columns, lambda c: c.observed + 3)))
         self.register_buffer("n_levels", buffer(columns, lambda c: c.n_levels))
 
@@ -41,9 +42,14 @@ class Bernoulli(Likelihood):
         known = share + torch.log1p(-torch.exp(self.log_unknown))
         return torch.where(values < self.n_levels, known, self.log_unknown)
 
+    def mean(self, parameters: Tensor) -> Tensor:
+        """Probability of the second value."""
+        return torch.sigmoid(parameters)
+
     def expected(self, parameters: Tensor) -> Tensor:
-        """The more probable code."""
-        return (torch.sigmoid(parameters).mean(dim=(0, 1)) > 0.5).to(parameters.dtype)
+        """The more probable code; of a pixel, its probability: grey says how sure the model is."""
+        share = self.mean(parameters).mean(dim=(0, 1))
+        return share if self.is_image else (share > 0.5).to(parameters.dtype)
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """One code of each cell."""

@@ -56,9 +56,13 @@ class Normal(Standardised):
         constant = self.log_scale + HALF_LOG_TWO_PI
         return -0.5 * ((values - mean).square() / variance + torch.log(variance)) - constant
 
+    def mean(self, parameters: Tensor) -> Tensor:
+        """The first half of the outputs."""
+        return parameters.chunk(2, dim=-1)[0]
+
     def expected(self, parameters: Tensor) -> Tensor:
         """Mean of the means."""
-        return parameters.chunk(2, dim=-1)[0].mean(dim=(0, 1))
+        return self.mean(parameters).mean(dim=(0, 1))
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:
         """Mean plus scale times normal noise."""

@@ -1,5 +1,6 @@
 """Networks of a bank: every tensor has a leading member axis."""
 
+from anomaly_cvae.networks.cells import Blocks, CellDecoder, CellEncoder, Cells, Encoding, PseudoInputs
 from anomaly_cvae.networks.stacked import ALL, StackedLinear, StackedMLP
 
-__all__ = ["ALL", "StackedLinear", "StackedMLP"]
+__all__ = ["ALL", "Blocks", "CellDecoder", "CellEncoder", "Cells", "Encoding", "PseudoInputs", "StackedLinear", "StackedMLP"]

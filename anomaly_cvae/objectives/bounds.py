@@ -1,19 +1,19 @@
-"""What training maximises and scores report: every one is a reduction of the same terms."""
+"""Bounds on log p(x | c): what training maximises and scores report, reductions of the same terms."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import Terms
 
 
-class Objective(Protocol):
-    """A bound on log p(x | c) per member and row, (M, N), nats; training maximises it."""
+class Bound(Protocol):
+    """A bound on log p(x | c) per member and row, (M, N), nats."""
 
     def __call__(self, terms: Terms, kl_weight: float = 1.0) -> Tensor:
         """Reduce ``terms``."""
@@ -42,17 +42,16 @@ def accumulator(values: Tensor) -> torch.dtype:
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
-OBJECTIVES: dict[str, Objective] = {"elbo": elbo, "iwae": importance_weighted}
+def with_free_bits(terms: Terms, free_bits: float) -> Terms:
+    """The terms, with the KL of every latent unit held at ``free_bits`` nats where its mean over rows is less.
 
-
-def objective(name: str) -> Objective:
-    """Return the objective called ``name``.
-
-    Raises
-    ------
-    ParameterError
-        If there is none.
+    Such a unit costs nothing more, so it is not switched off; Kingma et al. (2016), equation 15.
     """
-    if name not in OBJECTIVES:
-        raise ParameterError(f"unknown objective {name!r}; there are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name]
+    if free_bits == 0.0:
+        return terms
+    mean = terms.kl.mean(dim=1, keepdim=True)
+    floor = free_bits * terms.z.shape[-1] / terms.kl.shape[-1]
+    return replace(terms, kl=torch.where(mean > floor, terms.kl, floor))
+
+
+BOUNDS: dict[str, Bound] = {"elbo": elbo, "iwae": importance_weighted}

@@ -1,0 +1,113 @@
+"""What the training loop asks of an objective at every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from anomaly_cvae.model import CVAE
+from anomaly_cvae.objectives.bounds import Bound, elbo, with_free_bits
+from anomaly_cvae.rows import Batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The one source of randomness of training, in the type and on the device of the rows."""
+
+    generator: torch.Generator
+    device: torch.device
+    dtype: torch.dtype
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype).normal_(generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Numbers in [0, 1)."""
+        return torch.rand(shape, device=self.device, dtype=self.dtype, generator=self.generator)
+
+    def latent(self, model: CVAE, batch: Batch, n_samples: int) -> Tensor:
+        """Noise of the posterior's samples, (M, S, N, Z)."""
+        members, n_rows, _ = batch.values.shape
+        return self.normal(members, n_samples, n_rows, model.architecture.latent_dim)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a step lowers: nats per member and row (M, N), and the terms that say which cell is to blame."""
+
+    rows: Tensor
+    log_prob: Tensor | None = None
+
+
+class Objective:
+    """One way to learn from a batch. The loop knows these methods and nothing else of it.
+
+    ``keeps_best`` says that weights are chosen by the held-out loss; else the last ones are kept.
+    """
+
+    keeps_best: bool = True
+
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+        """The loss whose gradient the loop follows."""
+        raise NotImplementedError
+
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor) -> Tensor:
+        """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z), never tempered."""
+        return -elbo(model.terms(batch, noise))
+
+    def own_parameters(self) -> list[Tensor]:
+        """Parameters of networks of its own, which a checkpoint has to hold."""
+        return []
+
+    def start(self, model: CVAE, draws: Draws, learning_rate: float) -> None:
+        """Called once before the first step: the place to make networks of its own."""
+
+    def after(self, learning_rate: float) -> None:
+        """Called after every step of the optimiser, with its rate: the place for steps of an optimiser of its own."""
+
+
+class BoundObjective(Objective):
+    """Maximise a bound on log p(x | c): the ELBO or, with several samples, the IWAE bound."""
+
+    def __init__(self, bound: Bound = elbo, n_samples: int = 1, free_bits: float = 0.0) -> None:
+        self.bound, self.n_samples, self.free_bits = bound, n_samples, free_bits
+
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+        """Minus the bound, and what the inference head, if there is one, has yet to learn."""
+        terms = model.terms(batch, draws.latent(model, batch, self.n_samples))
+        rows = -self.bound(with_free_bits(terms, self.free_bits), kl_weight)
+        if model.inference_head is not None:
+            rows = rows + inference_loss(model, batch)
+        return Loss(rows, terms.log_prob)
+
+
+def inference_loss(model: CVAE, batch: Batch) -> Tensor:
+    """-log q(c | x) of every row's class and attributes, (M, N), nats; 0 where the class is not known."""
+    architecture = model.architecture
+    classes, attributes = torch.split(
+        model.condition_logits(batch), [architecture.n_classes, architecture.n_attributes], dim=-1
+    )
+    loss = classes.new_zeros(classes.shape[:2])
+    if architecture.n_classes:
+        assert batch.class_index is not None
+        target = batch.class_index.expand(classes.shape[:2])
+        nats = cross_entropy(classes.flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
+        loss = loss + torch.where(target >= 0, nats.reshape(loss.shape), 0.0)
+    if architecture.n_attributes:
+        assert batch.condition is not None
+        present = (batch.condition[..., -architecture.n_attributes :] > 0).to(attributes.dtype).expand_as(attributes)
+        loss = loss + binary_cross_entropy_with_logits(attributes, present, reduction="none").sum(-1)
+    return loss
+
+
+def claim(model: CVAE, batch: Batch, k: int) -> Batch:
+    """The batch as if every row were of class ``k``."""
+    assert batch.condition is not None
+    own = model.class_table[k].expand(*batch.condition.shape[:2], -1)
+    rest = batch.condition[..., own.shape[-1] :]
+    index = torch.full(batch.condition.shape[:2], k, device=batch.values.device)
+    return replace(batch, condition=torch.cat([own, rest], dim=-1), class_index=index)
