@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
-from anomaly_cvae.networks.stacked import ALL, CONDITION_START, _of
+from anomaly_cvae.networks.stacked import ALL, CONDITION_START, _of, members_of
 
 KERNEL = 3
+LEAST_CHANNELS = 8
 
 
 class StackedConv(nn.Module):
@@ -48,14 +49,19 @@ class StackedConv(nn.Module):
         weight, shift = _of(self.weight, members), _of(self.bias, members)
         if self.condition_weight is not None and condition is not None:
             shift = shift + condition @ _of(self.condition_weight, members)
-        parts = [self._of_member(x[m if len(x) > 1 else 0], weight[m], shift[m]) for m in range(len(weight))]
+        images = members_of(x) * (len(weight) if len(x) == 1 else 1)
+        shifts = members_of(shift)
+        parts = [
+            self._of_member(*own) for own in zip(images, members_of(weight), shifts, strict=True)
+        ]
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
     def _of_member(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
         # Channels last runs at twice the speed of torch's default order on a CPU.
+        x = x.contiguous(memory_format=torch.channels_last)
         weight = weight.contiguous(memory_format=torch.channels_last)
         if len(shift) == 1:
-            return conv2d(x, weight, shift[0], self.stride, KERNEL // 2)
+            return conv2d(x, weight, shift.squeeze(0), self.stride, KERNEL // 2)
         if len(shift) != len(x):
             shift = shift.repeat(len(x) // len(shift), 1)
         return conv2d(x, weight, None, self.stride, KERNEL // 2).add_(shift[:, :, None, None])
@@ -113,11 +119,13 @@ class ConvDecoder(nn.Module):
         self.seed_shape = (channels[-1], *self.sizes[-1])
         self.n_seed = math.prod(self.seed_shape)
         widths = list(reversed(channels))
+        # Half as many at full size, where a channel costs most and has least to say.
+        finest = max(LEAST_CHANNELS, widths[-1] // 2)
         self.mix = nn.ModuleList(StackedConv(n_members, w, w, n_conditions, generator, start=0.3) for w in widths)
         self.up = nn.ModuleList(
-            StackedConv(n_members, a, b, n_conditions, generator) for a, b in pairwise([*widths, widths[-1]])
+            StackedConv(n_members, a, b, n_conditions, generator) for a, b in pairwise([*widths, finest])
         )
-        self.out = StackedConv(n_members, widths[-1], shape[0], 0, generator, start=0.1)
+        self.out = StackedConv(n_members, finest, shape[0], 0, generator, start=0.1)
         self.lateral = nn.ModuleList(StackedConv(n_members, w, w, 0, generator) for w in widths if seen)
 
     def forward(

@@ -44,7 +44,7 @@ class StackedLinear(nn.Module):
         if shift.shape[1] not in (1, n_rows):
             shift = shift.repeat(1, n_rows // shift.shape[1], 1)
         if len(weight) == 1:
-            out = torch.addmm(shift[0], x[0], weight[0]).unsqueeze(0)
+            out = torch.addmm(shift.squeeze(0), x.squeeze(0), weight.squeeze(0)).unsqueeze(0)
         else:
             out = torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
         return torch.relu_(out) if relu else out
@@ -88,6 +88,11 @@ class StackedMLP(nn.Module):
 def _of(parameter: Tensor, members: slice) -> Tensor:
     """Some members' share; slicing even for all of them would cost a copy of every gradient."""
     return parameter if members == ALL else parameter[members]
+
+
+def members_of(stacked: Tensor) -> list[Tensor]:
+    """The members of a stack; selecting them one by one would fill a gradient of the whole for each."""
+    return [stacked.squeeze(0)] if len(stacked) == 1 else list(stacked.unbind(0))
 
 
 def _uniform(shape: tuple[int, ...], n_in: int, generator: torch.Generator) -> Tensor:
