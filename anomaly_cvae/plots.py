@@ -177,20 +177,73 @@ def surprising_images(
     return drawn
 
 
-def image_grid(images: FloatArray, row_labels: Sequence[str]) -> Figure:
-    """Images (rows, columns, height, width) as a grid, one label per row."""
+def image_grid(images: FloatArray, row_labels: Sequence[str] = (), column_labels: Sequence[str] = ()) -> Figure:
+    """Images (rows, columns, height, width), or with colours (…, 3) last, as a grid with labels.
+
+    Grey images of bytes are drawn from 0 to 255, of fractions from 0 to 1; others up to their brightest.
+    """
     rows, columns = images.shape[:2]
-    drawn = figure(0.62 * columns + 0.6, 0.62 * rows + 0.1)
+    drawn = figure(0.62 * columns + (0.9 if row_labels else 0.1), 0.62 * rows + (0.4 if column_labels else 0.1))
     axes = drawn.subplots(rows, columns, squeeze=False)
-    brightest = float(np.quantile(images, 0.999))
+    shown = {"cmap": "gray_r", "vmin": 0, "vmax": _brightest(images)} if images.ndim == 4 else {}
     for row in range(rows):
         for column in range(columns):
-            axes[row, column].imshow(images[row, column], cmap="gray_r", vmin=0, vmax=brightest)
+            axes[row, column].imshow(images[row, column], **shown)
             axes[row, column].set_axis_off()
-        axes[row, 0].text(
-            -0.35, 0.5, row_labels[row], transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=11
-        )
+    for row, label in enumerate(row_labels):
+        axes[row, 0].text(-0.2, 0.5, label, transform=axes[row, 0].transAxes, ha="right", va="center", fontsize=9)
+    for column, label in enumerate(column_labels):
+        axes[0, column].set_title(label, fontsize=8, color=INK)
     return drawn
+
+
+def _brightest(images: FloatArray) -> float:
+    if images.dtype == np.uint8:
+        return 255.0
+    largest = float(images.max())
+    return 1.0 if largest <= 1.0 else float(np.quantile(images, 0.999))
+
+
+def tile(images: FloatArray, gap: int = 2) -> np.ndarray:
+    """Images (rows, columns, H, W) or (…, 3), bytes or fractions, side by side as one picture of bytes.
+
+    Grey images are drawn dark on light, like ink.
+    """
+    values = images if images.dtype == np.uint8 else np.round(255.0 * np.clip(images.astype(float), 0, 1))
+    values = values.astype(np.uint8)
+    if values.ndim == 4:
+        values = 255 - values
+    rows, columns, height, width = values.shape[:4]
+    picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, *values.shape[4:]), 255, np.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            top, left = gap + row * (height + gap), gap + column * (width + gap)
+            picture[top : top + height, left : left + width] = values[row, column]
+    return picture
+
+
+def latent_map(z: FloatArray, classes: np.ndarray, names: Sequence[str]) -> Figure:
+    """Posterior means (N, 2) coloured by class (N,), with the circles that hold 39 % and 86 % of N(0, I)."""
+    drawn = figure(6.4, 5.6)
+    axis = drawn.subplots()
+    palette = drawn_colours(len(names))
+    for k, name in enumerate(names):
+        own = classes == k
+        axis.scatter(z[own, 0], z[own, 1], s=4, color=palette[k], label=name, alpha=0.6, linewidths=0)
+    angle = np.linspace(0, 2 * np.pi, 200)
+    for radius in (1.0, 2.0):
+        axis.plot(radius * np.cos(angle), radius * np.sin(angle), color=INK, lw=0.8, ls=":")
+    axis.set_aspect("equal")
+    _label(axis, "Posterior means; circles: one and two standard deviations of N(0, I)", "z, unit 1", "z, unit 2")
+    axis.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return drawn
+
+
+def drawn_colours(n: int) -> list[tuple[float, ...]]:
+    """``n`` colours that can be told apart."""
+    from matplotlib import colormaps
+
+    return [colormaps["tab10"](k % 10) if n <= 10 else colormaps["hsv"](k / n) for k in range(n)]
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:

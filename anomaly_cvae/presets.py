@@ -12,3 +12,14 @@ BALANCED: dict[str, Any] = {}
 
 BEST: dict[str, Any] = {"n_estimators": 8, "max_steps": 4000, "n_samples": 8}
 """More networks, longer training."""
+
+IMAGES: dict[str, Any] = {
+    "n_estimators": 1,
+    "hidden_dims": (256,),
+    "channels": (32, 64),
+    "latent_dim": 32,
+    "n_samples": 1,
+    "mask_rate": 0.0,
+    "batch_size": 128,
+}
+"""For columns of images: one convolutional network, one sample of z per score."""

@@ -1,4 +1,4 @@
-"""Data sets for the pipelines; none is downloaded."""
+"""The handwritten digits that come with scikit-learn, some under a wrong claim, some damaged."""
 
 from __future__ import annotations
 
