@@ -748,7 +748,8 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         logits = self.model_.engine.condition_logits(encoded)
         classes, attributes = logits[:, : architecture.n_classes], logits[:, architecture.n_classes :]
         names = [*self.schema_.class_names][: architecture.n_classes] + [c.name for c in self.schema_.attributes]
-        probabilities = np.column_stack([softmax(classes, axis=1), expit(attributes)])
+        classes = softmax(classes, axis=1) if classes.shape[1] else classes
+        probabilities = np.column_stack([classes, expit(attributes)])
         return pd.DataFrame(probabilities, columns=names, index=index)
 
     def transform(self, X: Any, *, condition: Any = None) -> FloatArray:

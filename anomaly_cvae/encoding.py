@@ -87,6 +87,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.values)
 
+    @property
+    def scored(self) -> BoolArray:
+        """Cells that a score is of: observed, and not part of the condition."""
+        return self.observed if self.given is None else self.observed & ~self.given
+
     def take(self, rows: IntArray | BoolArray) -> Encoded:
         """The rows asked for, in that order."""
         given = None if self.given is None else self.given[rows]

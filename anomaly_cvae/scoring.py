@@ -87,13 +87,13 @@ class ScoringEngine:
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Mean over members of the negative ELBO under each row's own class, (N,), nats.
 
-        A row without any observed cell says nothing: its negative ELBO is 0.
+        A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
         scores = np.zeros(len(encoded))
         with torch.inference_mode():
             for chunk in self._chunks(encoded, padded=True):
                 scores[chunk.places] = _numpy((-elbo(self._terms(chunk))).mean(0))
-        return np.where(encoded.observed.any(axis=1), scores, 0.0)
+        return np.where(encoded.scored.any(axis=1), scores, 0.0)
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Negative ELBO of every row under every class, (N, K)."""
@@ -112,7 +112,7 @@ class ScoringEngine:
                 wide = accumulator(terms.log_prob)
                 columns[chunk.places] = _numpy(-terms.log_prob.mean(dim=(0, 1), dtype=wide))
                 kl[chunk.places] = _numpy(terms.kl.sum(-1, dtype=wide).mean(0))
-        empty = ~encoded.observed.any(axis=1)
+        empty = ~encoded.scored.any(axis=1)
         return ColumnScores(columns, np.where(empty, 0.0, kl))
 
     def negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
@@ -126,7 +126,7 @@ class ScoringEngine:
         with torch.inference_mode():
             for chunk in self._chunks(encoded, n_samples=n_samples):
                 nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, n_samples, generator).mean(0))
-        return np.where(encoded.observed.any(axis=1), nats, 0.0)
+        return np.where(encoded.scored.any(axis=1), nats, 0.0)
 
     def _log_mean_weight(self, chunk: Chunk, n_samples: int, generator: torch.Generator) -> Tensor:
         """The IWAE bound of a chunk, (M, N), from as many samples at a time as fit."""

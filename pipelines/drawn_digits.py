@@ -1,0 +1,133 @@
+"""Handwritten digits of MNIST: everything that one conditional model of them can do, and a plain one beside it.
+
+``python pipelines/digits.py --data mnist --source FILE`` runs this: class-conditional samples, the same style in
+every class, the latent plane, reconstructions, the class inferred from the pixels, and wrong labels found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from studies import Study
+
+from anomaly_cvae import CVAEDetector, metrics, plots, presets
+from anomaly_cvae.datasets import LabelledImages
+from referee import referee
+
+STEPS = {"fast": 2_000, "best": 16_000}
+REFEREE_EPOCHS = {"fast": 2, "best": 12}
+STYLES = 12
+JUDGED = 2_000
+"""Generated images that the referee judges, over all classes."""
+
+
+def parameters(study: Study, **more: Any) -> dict[str, Any]:
+    """What every model of this study has."""
+    own = {"max_steps": STEPS[study.preset], "latent_dim": 16, "patience": 40}
+    return {**presets.IMAGES, **own, **({"channels": (16, 32)} if study.is_fast else {}), **more}
+
+
+def run(study: Study, data: LabelledImages, ask: int | None = None) -> CVAEDetector:
+    """Train, draw, measure; returns the conditional model."""
+    images, digits = data.x_train[: study.rows], data.y_train[: study.rows]
+    cvae = study.fitted("cvae", parameters(study), images, digits)
+    if ask is not None:
+        study.picture(f"written_{ask}", handwritten(cvae, ask, study.random_state))
+    vae = study.fitted("vae", parameters(study), images)
+    plane = study.fitted("plane", parameters(study, latent_dim=2, prior="standard"), images, digits)
+    names = cvae.schema_.class_names
+    study.picture("samples", samples(cvae, names, study.random_state))
+    study.picture("styles", styles(cvae, names, study.random_state))
+    study.picture("latent_map", plots.latent_map(plane.transform(data.x_test, condition=data.y_test), data.y_test, names))
+    study.picture("latent_grids", latent_grids(plane, names))
+    study.picture("reconstructions", reconstructions(cvae, vae, data))
+    study.picture("edits", edits(cvae, data, names))
+    measure(study, cvae, data)
+    return cvae
+
+
+def handwritten(cvae: CVAEDetector, number: int, random_state: int) -> Any:
+    """A number, typed, as handwriting: five hands."""
+    digits = [int(digit) for digit in str(number)]
+    hands = 5
+    asked = np.repeat(digits, hands)
+    drawn = cvae.sample(len(asked), condition=asked, random_state=random_state, noise=False, same_z=True)
+    return plots.image_grid(drawn.reshape(len(digits), hands, *drawn.shape[1:]).swapaxes(0, 1))
+
+
+def samples(cvae: CVAEDetector, names: list[str], random_state: int) -> Any:
+    """One row of drawn images per class."""
+    asked = np.repeat(cvae.schema_.conditions[0].levels, STYLES)
+    drawn = cvae.sample(len(asked), condition=asked, random_state=random_state, noise=False)
+    return plots.image_grid(_in_rows(drawn, len(names)), names)
+
+
+def styles(cvae: CVAEDetector, names: list[str], random_state: int) -> Any:
+    """The same z down every column: slant and stroke stay, the class changes."""
+    asked = np.repeat(cvae.schema_.conditions[0].levels, STYLES)
+    drawn = cvae.sample(len(asked), condition=asked, random_state=random_state, noise=False, same_z=True)
+    return plots.image_grid(_in_rows(drawn, len(names)), names)
+
+
+def latent_grids(plane: CVAEDetector, names: list[str]) -> Any:
+    """What lies where in the latent plane, for the first classes: 9 points across each."""
+    levels, n = plane.schema_.conditions[0].levels, 9
+    grids = [plane.latent_map(n, condition=level, span=2.0) for level in levels[:2]]
+    joined = np.concatenate([_in_rows(grid, n) for grid in grids], axis=1)
+    return plots.image_grid(joined)
+
+
+def reconstructions(cvae: CVAEDetector, vae: CVAEDetector, data: LabelledImages) -> Any:
+    """Unseen images, and what the model with and without the class makes of them."""
+    chosen = np.concatenate([np.flatnonzero(data.y_test == k)[:2] for k in np.unique(data.y_test)])[:20]
+    images = data.x_test[chosen]
+    rows = np.stack([images, cvae.reconstruct(images, condition=data.y_test[chosen]), vae.reconstruct(images)])
+    return plots.image_grid(rows, ["unseen", "CVAE", "VAE"])
+
+
+def edits(cvae: CVAEDetector, data: LabelledImages, names: list[str]) -> Any:
+    """Unseen images under every class, their style kept; the first column is the image itself."""
+    chosen = np.array([np.flatnonzero(data.y_test == k)[3] for k in np.unique(data.y_test)])
+    images, classes = data.x_test[chosen], data.y_test[chosen]
+    levels = cvae.schema_.conditions[0].levels
+    columns = [images, *(cvae.edit(images, classes, level) for level in levels)]
+    return plots.image_grid(np.stack(columns, axis=1), column_labels=["unseen", *names])
+
+
+def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
+    """The figures: the class from p(c | x), generated digits recognised, wrong labels found."""
+    guessed = cvae.condition_proba(data.x_test).to_numpy().argmax(axis=1)
+    study.figure("class error from p(c|x), ELBO", 100.0 * float((guessed != data.y_test).mean()), "%", "<= 1.0")
+    n = 1_000 if study.is_fast else len(data.x_test)
+    weighed = cvae.condition_proba(data.x_test[:n], method="iwae", n_samples=10 if study.is_fast else 50)
+    wrong = float((weighed.to_numpy().argmax(axis=1) != data.y_test[:n]).mean())
+    study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", "<= 1.0", f"{n:,} images")
+    judge = referee(
+        study.output / "referee.safetensors", data.x_train, data.y_train, epochs=REFEREE_EPOCHS[study.preset]
+    )
+    right = float((judge.logits(data.x_test).argmax(axis=1) == data.y_test).mean())
+    study.figure("referee's own accuracy", 100.0 * right, "%", ">= 99.3")
+    asked = np.repeat(np.unique(data.y_train), JUDGED // len(np.unique(data.y_train)))
+    drawn = cvae.sample(len(asked), condition=asked, random_state=study.random_state + 1, noise=False)
+    recognised = float((judge.logits(drawn).argmax(axis=1) == asked).mean())
+    study.figure("generated images recognised", 100.0 * recognised, "%", ">= 98.5", f"{len(asked):,} images")
+    claimed, is_wrong = wrong_claims(data.y_test, study.random_state)
+    contrast = cvae.contrast(data.x_test, condition=claimed)
+    study.figure("wrong labels, contrast, AUROC", metrics.roc_auc(is_wrong, contrast), "", ">= .9995")
+    surprise = cvae.negative_elbo(data.x_test, condition=claimed)
+    study.figure("wrong labels, negative ELBO, AUROC", metrics.roc_auc(is_wrong, surprise), "", "none set")
+
+
+def wrong_claims(classes: npt.NDArray[Any], random_state: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+    """Claimed classes (N,), half of them wrong, each other class as likely; and which are wrong."""
+    rng = np.random.default_rng(random_state)
+    is_wrong = np.zeros(len(classes), dtype=np.bool_)
+    is_wrong[rng.permutation(len(classes))[: len(classes) // 2]] = True
+    n = len(np.unique(classes))
+    return np.where(is_wrong, (classes + rng.integers(1, n, len(classes))) % n, classes), is_wrong
+
+
+def _in_rows(images: npt.NDArray[Any], n_rows: int) -> npt.NDArray[Any]:
+    return images.reshape(n_rows, -1, *images.shape[1:])
