@@ -39,6 +39,7 @@ class Preset(StrEnum):
     fast = "fast"
     balanced = "balanced"
     best = "best"
+    images = "images"
 
 
 class ScoreKind(StrEnum):
@@ -71,6 +72,19 @@ class MissingCondition(StrEnum):
     marginal = "marginal"
 
 
+class Part(StrEnum):
+    """A part of an image."""
+
+    LEFT = "left"
+    RIGHT = "right"
+    UPPER = "upper"
+    LOWER = "lower"
+    UPPER_LEFT = "upper-left"
+    UPPER_RIGHT = "upper-right"
+    LOWER_LEFT = "lower-left"
+    LOWER_RIGHT = "lower-right"
+
+
 class OnError(StrEnum):
     """What a file that cannot be used means."""
 
@@ -78,7 +92,7 @@ class OnError(StrEnum):
     fail = "fail"
 
 
-Data = Annotated[list[str], typer.Argument(help="Tables: files, folders or patterns.", show_default=False)]
+Data = Annotated[list[str], typer.Argument(help="Tables or pictures: files, folders or patterns.", show_default=False)]
 Model = Annotated[str, typer.Argument(help="Folder, runs:/ID or models:/NAME@ALIAS.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
@@ -94,6 +108,29 @@ Thousands = Annotated[str | None, typer.Option(help="Thousands mark of CSV files
 Missing = Annotated[MissingCondition, typer.Option(help="Rows without a condition.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 LogRows = Annotated[bool, typer.Option("--log-rows/--no-log-rows", help="Cells of rows may go into MLflow.")]
+GridOrTable = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", help="A .png grid of images, or a .parquet, .csv or .json table.", show_default=False
+    ),
+]
+FirstRows = Annotated[
+    int | None, typer.Option(min=1, help="Take the first rows only; for a .png: 10 unless said.", show_default=False)
+]
+Columns = Annotated[int | None, typer.Option(min=1, help="Images in a row of the grid.", show_default=False)]
+Given = Annotated[
+    list[str] | None,
+    typer.Option("--condition", "-c", help="NAME=VALUE that holds for every row, whatever the files say; repeatable."),
+]
+Seed = Annotated[int, typer.Option(help="Seed.")]
+Draw = Annotated[
+    bool | None,
+    typer.Option(
+        "--draw/--mean",
+        help="Cells as drawn, or as expected given z; default: --mean for a grid, --draw for a table.",
+        show_default=False,
+    ),
+]
 Track = Annotated[bool, typer.Option("--tracking/--no-tracking", help="Log an MLflow run.")]
 
 
@@ -101,7 +138,10 @@ Track = Annotated[bool, typer.Option("--tracking/--no-tracking", help="Log an ML
 def train(
     data: Annotated[
         list[str] | None,
-        typer.Argument(help="Files (Parquet, CSV, Arrow), folders or patterns.", show_default=False),
+        typer.Argument(
+            help="Files (Parquet, CSV, Arrow, npz of images), folders, also of pictures, or patterns.",
+            show_default=False,
+        ),
     ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
     condition: Annotated[
@@ -127,7 +167,7 @@ def train(
         list[str] | None, typer.Option(help="COLUMN=real|binary|categorical|count|continuous; repeatable.")
     ] = None,
     likelihood: Annotated[list[str] | None, typer.Option(help="COLUMN=LIKELIHOOD; repeatable.")] = None,
-    preset: Annotated[Preset | None, typer.Option(help="Size of the networks and time (balanced).")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Size of the networks and time (balanced, or images).")] = None,
     conditioning: Annotated[Conditioning | None, typer.Option(help="One network, or one per class (shared).")] = None,
     score_kind: Annotated[ScoreKind | None, typer.Option(help="Unlikely row, wrong condition, or both (elbo).")] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normals that may be flagged (0.01).")] = None,
@@ -149,7 +189,7 @@ def train(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Train a model on a table.
+    """Train a model on a table or on images.
 
     Fits on the normals, calibrates, evaluates, saves the model and logs a run."""
     with reporting(quiet, json) as report:
@@ -269,7 +309,10 @@ def explain(
     row: Annotated[list[int] | None, typer.Option(help="Number of a row, from 0; repeatable.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many of the most surprising rows to explain.")] = 5,
     columns: Annotated[int, typer.Option(min=1, help="How many columns of each row.")] = 3,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table.")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table, or a .png heat map of images."),
+    ] = None,
     missing_condition: Missing = MissingCondition.refuse,
     delimiter: Delimiter = None,
     encoding: Encoding = None,
@@ -285,9 +328,11 @@ def explain(
     with reporting(quiet, json) as report:
         from anomaly_cvae import batch, jobs
 
-        report.check_output(output)
+        as_picture = report.check_output(output, picture=True)
         policies = {"unseen_class": "anomaly", "missing_condition": missing_condition.value}
         opened = jobs.open_model(model, device=device, **policies)
+        if as_picture:
+            jobs.image_of(opened)
         explanation = jobs.explain_tables(
             opened,
             data,
@@ -296,7 +341,9 @@ def explain(
             n_columns=columns,
             csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
         )
-        if output is not None:
+        if output is not None and as_picture:
+            report.figure(output, jobs.heat_map(opened, explanation))
+        elif output is not None:
             report.written(output, explanation.table)
         report.explained(explanation, opened)
 
@@ -311,22 +358,160 @@ def generate(
             "--condition", "-c", help="Value of each condition, in the model's order; default: as in training."
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table.")] = None,
-    random_state: Annotated[int, typer.Option(help="Seed.")] = 0,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Write a .parquet, .csv or .json table, or, of images, a .png grid."),
+    ] = None,
+    draw: Draw = None,
+    same_z: Annotated[bool, typer.Option("--same-z", help="The i-th row of every class in the same style.")] = False,
+    columns: Columns = None,
+    random_state: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Draw new rows of a class from the model."""
+    """Draw new rows of a class from the model.
+
+    Images go into a .png grid; without --condition it has a row of -n images for every class."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import jobs
 
-        report.check_output(output)
+        as_picture = report.check_output(output, picture=True)
         opened = jobs.open_model(model, device=device)
-        drawn = jobs.generate_rows(opened, n, condition, random_state)
+        if as_picture and output is not None:
+            how = {"noise": bool(draw), "same_z": same_z}
+            report.grid(output, jobs.generate_images(opened, n, condition, random_state, columns=columns, **how))
+            return
+        drawn = jobs.generate_rows(opened, n, condition, random_state, noise=draw is not False, same_z=same_z)
         if output is not None:
             report.written(output, drawn)
         report.generated(drawn, shown=output is None)
+
+
+@app.command()
+def reconstruct(
+    model: Model,
+    data: Data,
+    output: GridOrTable,
+    condition: Given = None,
+    rows: FirstRows = None,
+    columns: Columns = None,
+    missing_condition: Missing = MissingCondition.refuse,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Say what the model makes of rows.
+
+    A .png has every image above its reconstruction; a table has the expected cells."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        as_picture = report.check_output(output, picture=True)
+        opened = jobs.open_model(model, device=device, missing_condition=missing_condition.value)
+        csv = _csv(delimiter, encoding, decimal, thousands)
+        read = jobs.rows_to_show(opened, data, rows, condition, csv, as_picture=as_picture)
+        if as_picture:
+            report.grid(output, jobs.reconstruct_images(opened, read, columns))
+        else:
+            report.written(output, read.table(opened.reader.reconstruct(read.frame)))
+        report.left_out(read.faults)
+
+
+@app.command()
+def edit(
+    model: Model,
+    data: Data,
+    output: GridOrTable,
+    to: Annotated[list[str], typer.Option("--to", help="NAME=VALUE that a condition is to become; repeatable.")],
+    condition: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="NAME=VALUE that the rows are now, whatever the files say; repeatable."),
+    ] = None,
+    keep_detail: Annotated[
+        bool, typer.Option("--keep-detail", help="Put back what the reconstruction lacks of each row.")
+    ] = False,
+    rows: FirstRows = None,
+    columns: Columns = None,
+    missing_condition: Missing = MissingCondition.refuse,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Show rows as they would be under another condition.
+
+    Their style is kept. A .png has every image above the edited one."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        as_picture = report.check_output(output, picture=True)
+        opened = jobs.open_model(model, device=device, missing_condition=missing_condition.value)
+        wanted = jobs.named_values(opened, to, "--to")
+        csv = _csv(delimiter, encoding, decimal, thousands)
+        read = jobs.rows_to_show(opened, data, rows, condition, csv, as_picture=as_picture, flag="--from")
+        if as_picture:
+            report.grid(output, jobs.edit_images(opened, read, wanted, keep_detail=keep_detail, columns=columns))
+        else:
+            report.written(output, read.table(jobs.edit_rows(opened, read, wanted, keep_detail=keep_detail)))
+        report.left_out(read.faults)
+
+
+@app.command()
+def complete(
+    model: Model,
+    data: Data,
+    output: GridOrTable,
+    hide: Annotated[list[Part] | None, typer.Option(help="Part of the images to hide; repeatable.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", min=1, help="Completions of each row; images: 5, tables: the expectation unless said."),
+    ] = None,
+    intervals: Annotated[
+        str | None,
+        typer.Option(help="Write a second table: where each missing cell lies with a probability of 90 %."),
+    ] = None,
+    condition: Given = None,
+    rows: FirstRows = None,
+    draw: Draw = None,
+    random_state: Seed = 0,
+    missing_condition: Missing = MissingCondition.refuse,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    decimal: Decimal = None,
+    thousands: Thousands = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Complete rows: missing cells of a table, hidden parts of images.
+
+    A .png has a row per image: itself, what is left of it, and -n completions."""
+    with reporting(quiet, json) as report:
+        from anomaly_cvae import jobs
+
+        as_picture = report.check_output(output, picture=True)
+        report.check_output(intervals)
+        parts = [part.value for part in hide or []]
+        jobs.check_completion(parts, as_picture=as_picture, intervals=intervals is not None)
+        opened = jobs.open_model(model, device=device, missing_condition=missing_condition.value)
+        csv = _csv(delimiter, encoding, decimal, thousands)
+        read = jobs.rows_to_show(opened, data, rows, condition, csv, as_picture=as_picture)
+        if as_picture:
+            grid = jobs.complete_images(opened, read, parts, n or 5, random_state, noise=bool(draw))
+            report.grid(output, grid)
+        else:
+            report.written(output, jobs.complete_rows(opened, read, n, random_state, noise=draw is not False))
+        if intervals is not None:
+            report.written(intervals, jobs.intervals_of(opened, read, random_state), name="intervals")
+        report.left_out(read.faults)
 
 
 @app.command()

@@ -304,8 +304,9 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
                 )
         if self.conditioning == "per_class" and any(c.kind != "categorical" for c in conditions):
             name, kind = next((c.name, c.kind) for c in conditions if c.kind != "categorical")
+            what = "an attribute" if kind == "attribute" else kind
             raise ParameterError(
-                f"condition {name!r} is {'an attribute' if kind == 'attribute' else kind} and has no classes: use conditioning='shared', or "
+                f"condition {name!r} is {what} and has no classes: use conditioning='shared', or "
                 f"column_kinds={{{name!r}: 'categorical'}}"
             )
         cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
@@ -639,9 +640,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         return explain.intervals(self.model_, encoded, frame.index, coverage, n_draws, seed)
 
-    def edit(
-        self, X: Any, condition_from: Any = None, condition_to: Any = None, *, keep_detail: bool = False
-    ) -> Any:
+    def edit(self, X: Any, condition_from: Any = None, condition_to: Any = None, *, keep_detail: bool = False) -> Any:
         """The rows of X as they would be under another condition, their style z kept: like X.
 
         ``condition_from`` is what X is now, where `fit` was given ``condition=`` (else its own columns say

@@ -252,7 +252,7 @@ class Encoder:
                 f"condition {condition.name!r} is {cell!r} in row {wrong[0]}; it is {condition.levels[0]!r} or "
                 f"{condition.levels[1]!r}"
             )
-        return 2.0 * codes - 1.0
+        return np.where(codes > 0, 1.0, -1.0)
 
     def decode(self, values: FloatArray, index: pd.Index | None = None, *, drawn: bool = False) -> pd.DataFrame:
         """Turn generated ``values`` (N, D), grouped columns, into a frame like the training table.

@@ -141,8 +141,8 @@ def intervals(
     """One line per missing cell: row, column, expected value, bounds of the central ``coverage`` of its draws."""
     lines = []
     generator, encoder = model.engine.generator(seed), model.encoder
-    missing = [(~encoded.observed[:, own]).any(axis=1) for own in encoder.slices]
-    rows = np.flatnonzero(np.any(missing, axis=0))
+    missing = np.stack([(~encoded.observed[:, own]).any(axis=1) for own in encoder.slices])
+    rows = np.flatnonzero(missing.any(axis=0))
     for block in np.split(rows, range(ROWS_PER_BLOCK, len(rows), ROWS_PER_BLOCK)):
         own = encoded.take(block)
         draws = model.engine.draw(own, n_draws, generator)
@@ -151,7 +151,7 @@ def intervals(
         tables = [encoder.decode(np.where(own.observed, own.values, values)) for values in found]
         for d, (place, fitted) in enumerate(zip(encoder.order, encoder.columns, strict=True)):
             name = encoder.schema.columns[place].name
-            for i in np.flatnonzero(missing[d][block]):
+            for i in np.flatnonzero(missing[d, block]):
                 expected, low, high = (table[name].iloc[i] for table in tables)
                 if fitted.n_levels and not fitted.shape:
                     low = high = np.nan

@@ -230,10 +230,7 @@ class FittedModel:
         shuffled = rng.permutation(len(encoded))
         images = bool(self.encoder.schema.images)
         at_most = MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS if images else MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS
-        chosen = [
-            shuffled[encoded.class_index[shuffled] == k][:at_most]
-            for k in range(self.n_classes)
-        ]
+        chosen = [shuffled[encoded.class_index[shuffled] == k][:at_most] for k in range(self.n_classes)]
         rows = encoded.take(np.concatenate(chosen))
         return rows.hide(hide_cells(rows.observed, n_missing, rng))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class ImageFormat:
         shape = tuple(int(n) for n in data["shape"])
         if len(shape) != 3 or data["pixels"] not in get_args(PixelType) or data["layout"] not in get_args(PixelLayout):
             raise ValueError(f"{data} describes no image")
-        return cls(cast(tuple[int, int, int], shape), data["pixels"], data["layout"])
+        return cls((shape[0], shape[1], shape[2]), data["pixels"], data["layout"])
 
     def __str__(self) -> str:
         channels, height, width = self.shape
@@ -149,9 +149,9 @@ def to_images(values: npt.NDArray[Any], expected: ImageFormat) -> npt.NDArray[An
         images = images[:, 0]
     elif expected.layout == "HWC":
         images = images.transpose(0, 2, 3, 1)
-    if expected.pixels == "uint8":
-        return np.clip(np.round(images), 0, 255).astype(np.uint8)
-    return np.clip(images, 0.0, 1.0).astype(np.float32)
+    whole = expected.pixels == "uint8"
+    fitting: npt.NDArray[Any] = np.clip(np.round(images) if whole else images, 0, 255 if whole else 1)
+    return fitting.astype(np.uint8 if whole else np.float32)
 
 
 def as_cells(images: npt.NDArray[Any]) -> npt.NDArray[np.object_]:

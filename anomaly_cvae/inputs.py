@@ -218,7 +218,7 @@ def given_cells(given: Any, schema: Schema, n_rows: int) -> list[BoolArray]:
     unknown = [name for name in given if name not in columns]
     if unknown:
         raise DataError(f"given: x has no column {unknown[0]!r}{nearest(unknown[0], columns)}")
-    return [_given_of(column, given[name] if name in given else False, n_rows) for name, column in columns.items()]
+    return [_given_of(column, given.get(name, False), n_rows) for name, column in columns.items()]
 
 
 def _given_of(column: Column, given: Any, n_rows: int) -> BoolArray:
@@ -229,7 +229,9 @@ def _given_of(column: Column, given: Any, n_rows: int) -> BoolArray:
     mask = mask.astype(np.bool_)
     if column.image is None:
         if mask.shape not in ((), (n_rows,)):
-            raise DataError(f"given[{column.name!r}] has shape {mask.shape}; give one boolean, or one per row ({n_rows})")
+            raise DataError(
+                f"given[{column.name!r}] has shape {mask.shape}; give one boolean, or one per row ({n_rows})"
+            )
         return np.broadcast_to(mask, (n_rows,))[:, None]
     channels, height, width = column.image.shape
     shape: dict[str, tuple[int, ...]] = {

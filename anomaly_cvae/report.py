@@ -6,20 +6,21 @@ import json as json_module
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from anomaly_cvae.errors import AnomalyCVAEError, OutputError, ParameterError
+from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from rich.table import Table
 
     from anomaly_cvae.batch.local import Progress
-    from anomaly_cvae.jobs import Evaluated, Explanation, OpenModel, Plan, Trained
+    from anomaly_cvae.jobs import Evaluated, Explanation, Grid, OpenModel, Plan, Trained
     from anomaly_cvae.jobs.scoring import Scored
     from anomaly_cvae.jobs.thresholds import Recalibrated
     from anomaly_cvae.metrics import Evaluation
@@ -28,6 +29,9 @@ WRONG_USE, WRONG_DATA, PARTLY_DONE, NOT_TRACKED, INTERRUPTED = 2, 3, 4, 5, 130
 MOST_COLUMNS, MOST_CLASSES, MOST_DRAWN = 60, 20, 50
 SECONDS_BETWEEN_LINES = 30.0
 TABLE_SUFFIXES = (".parquet", ".csv", ".json")
+PICTURE_SUFFIX = ".png"
+FIGURE_DPI = 110
+MOST_FAULTS = 20
 STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
 
 
@@ -166,6 +170,7 @@ class Report:
             self._thresholds(detector.thresholds_)
         self._alarm_columns(trained.explanation.alarm_columns)
         self._warn_of_empty_promises(detector.thresholds_)
+        self.left_out(trained.plan.faults)
         model = _plain_text(str(config.folder))
         self.shown.print(f"model   [bold]{model}[/bold]  (sha256 {trained.sha256[:12]})")
         if trained.run_id:
@@ -197,6 +202,7 @@ class Report:
         if evaluated.run_id:
             self.shown.print(f"run     [bold]runs:/{evaluated.run_id}[/bold]")
         self._tracking_error(evaluated.tracking_error, "the figures above stand")
+        self.left_out(evaluated.faults)
 
     def _evaluation(self, title: str, evaluation: Evaluation, thresholds: pd.DataFrame) -> None:
         ranking, alarms = evaluation.ranking, evaluation.alarms
@@ -295,6 +301,7 @@ class Report:
                     "rows": f.rows,
                     "anomalies": f.anomalies,
                     "error": f.error,
+                    **({"left_out": f.faults} if f.faults else {}),
                 }
                 for f in summary.files
             ],
@@ -320,6 +327,7 @@ class Report:
         for file in summary.failed:
             self.exit_code = WRONG_DATA if stopped else PARTLY_DONE
             self.errors.print(f"[bold red]not scored:[/bold red] {_plain_text(file.error)}")
+        self.left_out({path: why for file in summary.files for path, why in file.faults.items()})
         self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
 
     def explained(self, explanation: Explanation, model: OpenModel) -> None:
@@ -358,6 +366,7 @@ class Report:
                     f"{row['negative_elbo'] - row['nats_there']:.2f} nats fewer\n"
                 )
         self._alarm_columns(explanation.alarm_columns)
+        self.left_out(explanation.faults)
 
     def generated(self, rows: pd.DataFrame, *, shown: bool) -> None:
         """New rows."""
@@ -424,26 +433,84 @@ class Report:
         self.result["model_uri"] = uri
         self.shown.print(f"[bold]{_plain_text(uri)}[/bold]")
 
-    def check_output(self, path: str | None) -> None:
-        """Refuse a table's file name before any work is done for it.
+    def check_output(self, path: str | None, *, picture: bool = False) -> bool:
+        """Refuse a file name before any work is done for it; whether it is that of a ``picture``.
 
         Raises
         ------
         ParameterError
             For an unknown suffix.
         """
-        if path is not None and Path(path).suffix not in TABLE_SUFFIXES:
-            raise ParameterError(f"{path}: a table is written as {', '.join(TABLE_SUFFIXES)}; choose one of these")
+        suffix = None if path is None else Path(path).suffix
+        if picture and suffix == PICTURE_SUFFIX:
+            return True
+        if suffix is not None and suffix not in TABLE_SUFFIXES:
+            images = f", a picture of images as {PICTURE_SUFFIX}" if picture else ""
+            raise ParameterError(
+                f"{path}: a table is written as {', '.join(TABLE_SUFFIXES)}{images}; choose one of these"
+            )
+        return False
 
-    def written(self, path: str, table: pd.DataFrame) -> None:
-        """A table into a file; its suffix says the format.
+    def grid(self, path: str, grid: Grid) -> None:
+        """A grid of images into a PNG file.
 
         Raises
         ------
         OutputError
             If the file cannot be written.
         """
+        from PIL import Image
+
+        rows, columns = grid.images.shape[:2]
+        self._picture(path, Image.fromarray(grid.picture).save)
+        self.result |= {"rows": rows, "columns": columns, "lines": list(grid.lines)}
+        self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({rows} x {columns} images)")
+        if grid.lines:
+            shown = ", ".join(grid.lines[:MOST_CLASSES]) + (", …" if len(grid.lines) > MOST_CLASSES else "")
+            self.shown.print(f"its rows: {_plain_text(shown)}")
+
+    def figure(self, path: str, figure: Figure) -> None:
+        """A figure into a PNG file.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written.
+        """
+        self._picture(path, lambda target: figure.savefig(target, dpi=FIGURE_DPI))
+        self.shown.print(f"written [bold]{_plain_text(path)}[/bold]")
+
+    def _picture(self, path: str, save: Callable[[Path], object]) -> None:
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            save(Path(path))
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        self.result["output"] = path
+
+    def left_out(self, faults: Mapping[str, str]) -> None:
+        """Pictures that could not be used: each is named, and the command ends with a code of its own."""
+        if not faults:
+            return
+        self.exit_code = self.exit_code or PARTLY_DONE
+        self.result["left_out"] = {**self.result.get("left_out", {}), **faults}
+        for path, why in list(faults.items())[:MOST_FAULTS]:
+            self.errors.print(f"[bold red]left out:[/bold red] {_plain_text(f'{path}: {why}')}")
+        if len(faults) > MOST_FAULTS:
+            self.errors.print(f"[bold red]left out:[/bold red] {len(faults) - MOST_FAULTS:,} more")
+
+    def written(self, path: str, table: pd.DataFrame, name: str = "output") -> None:
+        """A table into a file; its suffix says the format. ``name`` is what the result calls it.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written.
+        DataError
+            If it holds images and the format cannot.
+        """
         target = Path(path)
+        _require_room_for_images(path, table)
         writers: dict[str, Callable[[], Any]] = {
             ".parquet": lambda: _writable(table).to_parquet(target, index=False),
             ".csv": lambda: table.to_csv(target, index=False),
@@ -454,7 +521,7 @@ class Report:
             writers[target.suffix]()
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-        self.result["output"] = path
+        self.result[name] = path
         self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({len(table):,} lines)")
 
 
@@ -476,9 +543,51 @@ class _Lines:
 
 
 def _writable(table: pd.DataFrame) -> pd.DataFrame:
-    """Cells of mixed type (a value observed may be a number or a word) as text: Parquet columns have one type."""
+    """Cells of mixed type (a value observed may be a number or a word) as text: Parquet columns have one type.
+
+    Images are PNG bytes.
+    """
     mixed = [name for name in table if table[name].dtype == object]
-    return table.assign(**{str(name): table[name].map(lambda v: None if _missing(v) else str(v)) for name in mixed})
+    cells = {name: _png if _holds_images(table[name]) else str for name in mixed}
+    return table.assign(
+        **{
+            str(name): table[name].map(lambda v, as_cell=as_cell: None if _missing(v) else as_cell(v))
+            for name, as_cell in cells.items()
+        }
+    )
+
+
+def _holds_images(cells: pd.Series) -> bool:
+    return cells.dtype == object and any(_is_array(cell) for cell in cells)
+
+
+def _require_room_for_images(path: str, table: pd.DataFrame) -> None:
+    if Path(path).suffix == ".parquet":
+        return
+    images = [str(name) for name in table if _holds_images(table[name])]
+    if images:
+        raise DataError(f"{path}: cannot hold the images of column {images[0]!r}; choose .parquet, or .png for a grid")
+
+
+def _is_array(value: Any) -> bool:
+    return getattr(value, "ndim", 0) in (2, 3) and hasattr(value, "shape")
+
+
+def _png(image: Any) -> bytes:
+    """An image (H, W), (H, W, C) or (C, H, W) as PNG bytes; fractions become bytes."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8:
+        pixels = np.round(255.0 * np.clip(pixels.astype(np.float64), 0.0, 1.0)).astype(np.uint8)
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    content = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels).save(content, "PNG")
+    return content.getvalue()
 
 
 def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
@@ -503,12 +612,16 @@ def _plain_text(text: str) -> str:
 def _cell(value: Any) -> str:
     if _missing(value):
         return "missing"
+    if _is_array(value):
+        return f"({' x '.join(map(str, value.shape))} image)"
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return _plain_text(str(value))
 
 
 def _missing(value: Any) -> bool:
+    if _is_array(value):
+        return False
     return value is None or value != value or type(value).__name__ == "NAType"
 
 
@@ -533,7 +646,9 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: no NaN, no numpy."""
+    """A value as JSON has it: no NaN, no numpy; of an image its size."""
+    if _is_array(value):
+        return _cell(value)
     if hasattr(value, "item"):
         value = value.item()
     if _missing(value) or (isinstance(value, float) and not math.isfinite(value)):

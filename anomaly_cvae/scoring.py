@@ -140,7 +140,9 @@ class ScoringEngine:
             shape = (members, min(at_a_time, n_samples - start), n_rows, self.noise.shape[1])
             noise = torch.empty(shape, dtype=self.noise.dtype, device=self.device).normal_(generator=generator)
             z = posterior.sample(noise)
-            log_prob = self.model.log_prob(self.model.decode(z, chunk.batch.condition, chunk.members, seen), chunk.batch)
+            log_prob = self.model.log_prob(
+                self.model.decode(z, chunk.batch.condition, chunk.members, seen), chunk.batch
+            )
             log_weight = log_prob.sum(-1, dtype=accumulator(log_prob)) + prior.log_prob(z) - posterior.log_prob(z)
             parts.append(torch.logsumexp(log_weight, dim=1))
         return torch.logsumexp(torch.stack(parts), dim=0) - math.log(n_samples)
@@ -163,12 +165,13 @@ class ScoringEngine:
         return logits
 
     def elbo_parts(self, encoded: Encoded) -> FloatArray:
-        """What the negative ELBO is made of, kept apart, under the first member of each class: (N, 4).
+        """What the negative ELBO is made of, kept apart, under the first member of each class: (N, 5).
 
         Reconstruction (nats), KL (nats), squared norm of the posterior mean, sum of the posterior's
-        log-variances.
+        log-variances, and the spread (standard deviation) of the reconstruction's nats over the cells: few
+        cells of many nats are not the same as many of few.
         """
-        parts = np.zeros((len(encoded), 4))
+        parts = np.zeros((len(encoded), 5))
         with torch.inference_mode():
             for chunk in self._chunks(encoded):
                 first = replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
@@ -179,6 +182,7 @@ class ScoringEngine:
                     terms.kl.sum(-1, dtype=wide),
                     terms.posterior.mean.square().sum(-1),
                     terms.posterior.log_variance.sum(-1),
+                    _spread(terms.log_prob.mean(1, dtype=wide), chunk.batch),
                 )
                 parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)
         return parts
@@ -206,9 +210,7 @@ class ScoringEngine:
                 values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
         return values
 
-    def draw(
-        self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True
-    ) -> FloatArray:
+    def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True) -> FloatArray:
         """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.
 
         Each draw takes z as `expected` does and the cells from p(x | z, c) of a random member; without
@@ -385,6 +387,16 @@ def resolve_device(device: str, dtype: torch.dtype) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ParameterError(f"device={device!r} with dtype={dtype} cannot be used here: {reason}") from error
     return resolved
+
+
+def _spread(cells: Tensor, batch: Batch) -> Tensor:
+    """Standard deviation over the scored cells of each row: (M, N, D) -> (M, N)."""
+    scored = torch.ones_like(batch.values) if batch.observed is None else batch.observed
+    if batch.given is not None:
+        scored = scored * (1.0 - batch.given)
+    count = scored.sum(-1).clamp_min(1.0)
+    mean = (cells * scored).sum(-1) / count
+    return (((cells - mean.unsqueeze(-1)).square() * scored).sum(-1) / count).sqrt()
 
 
 def _numpy(values: Tensor) -> FloatArray:

@@ -313,8 +313,8 @@ class _Loop:
             for i, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"parameter.{i}"])
                 self.best[i].copy_(tensors[f"best.{i}"])
-            for i, parameter in enumerate(self.settings.objective.own_parameters()):
-                parameter.copy_(tensors[f"objective.{i}"])
+            for i, own in enumerate(self.settings.objective.own_parameters()):
+                own.copy_(tensors[f"objective.{i}"])
         state = self.optimizer.state_dict()
         state["state"] = {
             i: {key: tensors[f"optimizer.{i}.{key}"].cpu() if key == "step" else tensors[f"optimizer.{i}.{key}"]
@@ -324,7 +324,7 @@ class _Loop:
         self.optimizer.load_state_dict(state)
         self.best_loss, self.stale = tensors["best_loss"], tensors["stale"]
         self.generator.set_state(tensors["generator"].cpu())
-        self.epochs = [Epoch(**{**e, "validation_per_member": tuple(e["validation_per_member"])}) for e in notes["epochs"]]
+        self.epochs = [Epoch(**e) for e in notes["epochs"]]
         self.started -= self.epochs[-1].seconds if self.epochs else 0.0
         return int(notes["step"])
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import drawn_digits
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from studies import Study
 
 from anomaly_cvae import CVAEDetector, metrics, plots, presets, tracking
-from anomaly_cvae.datasets import DIGIT_MAX, DIGIT_SIDE, ClaimedDigits, claimed_digits
+from anomaly_cvae.datasets import DIGIT_MAX, DIGIT_SIDE, ClaimedDigits, claimed_digits, labelled_images
 
 EXPERIMENT = "digits"
 SAMPLES_PER_CLASS = 10
@@ -64,17 +66,38 @@ class Candidate:
 def main() -> None:
     """Run the job from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/digits"), help="folder for Parquet and pictures")
+    parser.add_argument(
+        "--data", default="digits", help="digits (with scikit-learn), or mnist, …: any name, with --source"
+    )
+    parser.add_argument("--source", type=Path, help="npz or folder of idx files in the layout of MNIST")
+    parser.add_argument("--preset", choices=("fast", "best"), default="fast", help="with --source")
+    parser.add_argument("--rows", type=int, help="with --source: train on so many images only")
+    parser.add_argument("--steps", type=int, help="with --source: train for so many steps")
+    parser.add_argument("--write", type=int, metavar="NUMBER", help="with --source: a number to write by hand")
+    parser.add_argument("--output", type=Path, help="folder for Parquet and pictures; default: outputs/digits")
     parser.add_argument("--random-state", type=int, default=0)
     parser.add_argument("--no-tracking", action="store_true", help="write files only, no MLflow run")
     parser.add_argument(
         "--tables", type=Path, help="write the digits as train.parquet and test.parquet there, and stop"
     )
     arguments = parser.parse_args()
+    if arguments.data != "digits" and arguments.source is None:
+        parser.error(f"--data {arguments.data} needs --source: an npz or a folder of idx files")
+    output = arguments.output or Path("outputs/digits")
     if arguments.tables is not None:
         write_tables(arguments.tables, arguments.random_state)
+    elif arguments.source is not None:
+        run_study(arguments)
     else:
-        run(arguments.output, arguments.random_state, track=not arguments.no_tracking, console=Console())
+        run(output, arguments.random_state, track=not arguments.no_tracking, console=Console())
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    """The images of ``--source``: see `drawn_digits`."""
+    name, track = f"digits-{arguments.data}", not arguments.no_tracking
+    output = arguments.output or Path("outputs") / name / arguments.preset
+    study = Study(name, arguments.preset, output, arguments.random_state, track, arguments.rows, arguments.steps)
+    drawn_digits.run(study, labelled_images(arguments.source), arguments.write)
 
 
 def write_tables(folder: Path, random_state: int) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from referee import referee
 from studies import Study
 
 from anomaly_cvae import CVAEDetector, metrics, plots, presets
 from anomaly_cvae.datasets import LabelledImages
-from referee import referee
 
 STEPS = {"fast": 2_000, "best": 16_000}
 REFEREE_EPOCHS = {"fast": 2, "best": 12}
@@ -25,7 +25,7 @@ JUDGED = 2_000
 
 def parameters(study: Study, **more: Any) -> dict[str, Any]:
     """What every model of this study has."""
-    own = {"max_steps": STEPS[study.preset], "latent_dim": 16, "patience": 40}
+    own = {"max_steps": study.steps or STEPS[study.preset], "latent_dim": 16, "patience": 40}
     return {**presets.IMAGES, **own, **({"channels": (16, 32)} if study.is_fast else {}), **more}
 
 
@@ -40,11 +40,18 @@ def run(study: Study, data: LabelledImages, ask: int | None = None) -> CVAEDetec
     names = cvae.schema_.class_names
     study.picture("samples", samples(cvae, names, study.random_state))
     study.picture("styles", styles(cvae, names, study.random_state))
-    study.picture("latent_map", plots.latent_map(plane.transform(data.x_test, condition=data.y_test), data.y_test, names))
+    z = plane.transform(data.x_test, condition=data.y_test)
+    study.picture("latent_map", plots.latent_map(z, data.y_test, names))
     study.picture("latent_grids", latent_grids(plane, names))
     study.picture("reconstructions", reconstructions(cvae, vae, data))
     study.picture("edits", edits(cvae, data, names))
+    claimed, is_wrong = wrong_claims(data.y_test, study.random_state)
+    study.picture("wrong_labels", surprising(cvae, data, claimed, is_wrong))
     measure(study, cvae, data)
+    table = cvae.score_table(data.x_test, condition=claimed, contrast=True)
+    flagged = table["is_anomaly"].to_numpy()
+    scores = table["contrast"].to_numpy()
+    study.finish(cvae, metrics.Evaluation(is_wrong, scores, flagged, claimed.astype(str)))
     return cvae
 
 
@@ -94,6 +101,19 @@ def edits(cvae: CVAEDetector, data: LabelledImages, names: list[str]) -> Any:
     levels = cvae.schema_.conditions[0].levels
     columns = [images, *(cvae.edit(images, classes, level) for level in levels)]
     return plots.image_grid(np.stack(columns, axis=1), column_labels=["unseen", *names])
+
+
+def surprising(cvae: CVAEDetector, data: LabelledImages, claimed: npt.NDArray[Any], is_wrong: npt.NDArray[Any]) -> Any:
+    """The clearest wrong claims among the first test images: what it looks like, and which pixels say so."""
+    first = np.arange(min(500, len(claimed)))
+    contrast = cvae.contrast(data.x_test[first], condition=claimed[first])
+    chosen = first[is_wrong[first]][np.argsort(-contrast[is_wrong[first]])][:12]
+    images, claims = data.x_test[chosen], claimed[chosen]
+    nats = cvae.explain_pixels(images, condition=claims)
+    excess = np.maximum(nats - nats.mean(axis=(1, 2), keepdims=True), 0.0)
+    looks = cvae.condition_proba(images).idxmax(axis=1)
+    titles = [f"claims {claim}, looks like {look}" for claim, look in zip(claims, looks, strict=True)]
+    return plots.surprising_images(images, excess, cvae.reconstruct(images, condition=claims), titles)
 
 
 def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:

@@ -68,7 +68,8 @@ def referee(
         for start in range(0, len(images) - BATCH + 1, BATCH):
             rows = order[start : start + BATCH]
             logits = judge(_varied(to_tensor(images[rows.numpy()]), flip))
-            loss = binary_cross_entropy_with_logits(logits, goal[rows]) if attributes else cross_entropy(logits, goal[rows])
+            compared = binary_cross_entropy_with_logits if attributes else cross_entropy
+            loss = compared(logits, goal[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -35,6 +35,7 @@ class Study:
     random_state: int
     track: bool
     rows: int | None = None
+    steps: int | None = None
     console: Console = field(default_factory=Console)
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, Figure] = field(default_factory=dict)
@@ -60,6 +61,9 @@ class Study:
         started = time.perf_counter()
         detector.fit(X, condition=condition)
         self.seconds[name] = time.perf_counter() - started
+        if detector.history_.attrs["stopped_by"] == "interrupt":
+            self.console.print(f"{name}: interrupted; the same command goes on from {progress}")
+            raise SystemExit(130)
         detector.save(folder)
         noted.write_text(json.dumps({"parameters": described, "seconds": self.seconds[name]}))
         progress.unlink(missing_ok=True)
@@ -103,7 +107,9 @@ class Study:
             self.console.print("  make ui: the run in MLflow, at http://127.0.0.1:5000")
 
 
-def study(name: str, description: str, add: Callable[[argparse.ArgumentParser], None] | None = None) -> tuple[Study, Any]:
+def study(
+    name: str, description: str, add: Callable[[argparse.ArgumentParser], None] | None = None
+) -> tuple[Study, Any]:
     """The study that the command line asks for, and all of its arguments."""
     parser = argparse.ArgumentParser(description=description)
     if add is not None:
@@ -111,11 +117,12 @@ def study(name: str, description: str, add: Callable[[argparse.ArgumentParser], 
     parser.add_argument("--preset", choices=("fast", "best"), default="fast", help="fast: minutes on two cores")
     parser.add_argument("--output", type=Path, help=f"folder of models and pictures; default: outputs/{name}/PRESET")
     parser.add_argument("--rows", type=int, help="train on so many rows only")
+    parser.add_argument("--steps", type=int, help="train every model for so many steps")
     parser.add_argument("--random-state", type=int, default=0)
     parser.add_argument("--no-tracking", action="store_true", help="write files only, no MLflow run")
     given = parser.parse_args()
     output = given.output or Path("outputs") / name / given.preset
-    return Study(name, given.preset, output, given.random_state, not given.no_tracking, given.rows), given
+    return Study(name, given.preset, output, given.random_state, not given.no_tracking, given.rows, given.steps), given
 
 
 def machine() -> str:

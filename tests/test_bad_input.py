@@ -340,10 +340,17 @@ def test_an_array_of_another_width_is_refused_with_both_widths(width: int, on_ar
         on_array.predict(np.ones((5, width)))
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 3, 2)])
+@pytest.mark.parametrize("shape", [(5,), (5, 3, 2, 1, 1)])
 def test_an_array_that_is_no_table_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"2D array|dim 3"):
+    with pytest.raises(ValueError, match=r"2D array|dim 5"):
         detector().fit(np.ones(shape))
+
+
+def test_an_array_that_could_be_images_and_is_none_is_refused() -> None:
+    with pytest.raises(DataError, match=r"row 0 has shape \(6, 4, 5\); an image is \(height, width\)"):
+        detector().fit(np.ones((5, 6, 4, 5)))
+    with pytest.raises(DataError, match=r"row 0 has pixels of type int64; use uint8"):
+        detector().fit(np.ones((5, 3, 2), dtype=np.int64))
 
 
 def test_a_frame_without_columns_is_refused() -> None:
@@ -631,6 +638,9 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "contamination": [0.0, -0.1, 0.51, NAN, "0.1", "none", None, True],
     "latent_dim": [0, -2, 2.5, "wide", None, True],
     "hidden_dims": [64, "auto", (0,), (64, -1), (64, 2.5), (64, "32"), None],
+    "channels": [16, "auto", (), (0,), (16, -1), (16, 2.5), (16, "32"), None],
+    "free_bits": [-0.1, np.inf, NAN, "1", None],
+    "checkpoint": [3, True, b"file", ("a", "b")],
 }
 
 
@@ -647,8 +657,10 @@ def test_a_parameter_out_of_range_is_refused_with_name_range_and_value(name: str
     assert str(caught.value) == f"{name} must be {RANGES[name][1]}, not {value!r}"
 
 
-@pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("value", ["nonsense", "", None, 1, True])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for value in ("nonsense", "", None, 1, True) for name in CHOICES if value not in CHOICES[name]],
+)
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(name: str, value: Any) -> None:
     with pytest.raises(ParameterError) as caught:
         detector(**{name: value}).fit(numbers())
@@ -672,6 +684,9 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(name: str, value: 
         {"hidden_dims": []},
         {"n_samples": np.int32(1)},
         {"objective": "iwae", "train_samples": 2},
+        {"channels": [np.int64(4)]},
+        {"free_bits": 0},
+        {"inference_head": np.True_},
     ],
     ids=str,
 )
@@ -687,6 +702,40 @@ def test_fractions_that_leave_no_training_rows_are_refused_by_name() -> None:
 def test_importance_weighting_of_one_sample_is_refused_with_the_remedy() -> None:
     with pytest.raises(ParameterError, match="objective='iwae' needs train_samples of at least 2"):
         detector(objective="iwae", train_samples=1).fit(numbers())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "remedy"),
+    [
+        ({"objective": "semi_supervised", "conditioning": "per_class"}, "use conditioning='shared'"),
+        ({"objective": "hybrid"}, "set condition_on_observed=True"),
+        ({"inference_head": True, "conditioning": "per_class"}, "use conditioning='shared'"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_parameters_that_do_not_go_together_are_refused_with_the_remedy(
+    parameters: dict[str, Any], remedy: str, data: pd.DataFrame
+) -> None:
+    with pytest.raises(ParameterError) as caught:
+        detector(condition_columns="type", **parameters).fit(data)
+    assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "need"),
+    [
+        ({"objective": "semi_supervised"}, "one categorical condition"),
+        ({"inference_head": True}, "needs a categorical one or attributes"),
+        ({"objective": "vae_gan"}, "for images alone"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_objectives_that_the_columns_do_not_suit_are_refused_with_what_they_need(
+    parameters: dict[str, Any], need: str
+) -> None:
+    with pytest.raises(ParameterError) as caught:
+        detector(**parameters).fit(numbers())
+    assert need in str(caught.value)
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:

@@ -416,7 +416,7 @@ def test_a_bundle_holds_no_training_row(
 
 def test_the_search_finds_what_is_there(saved: dict[str, tuple[CVAEDetector, Path]]) -> None:
     folder = saved["shared"][1]
-    weights = load_file(folder / "weights.safetensors")["model.encoder.layers.0.weight"][0]
+    weights = load_file(folder / "weights.safetensors")["model.encoder.mlp.layers.0.weight"][0]
     assert found(traces(weights), contents(folder)) > 0
     with np.load(folder / "calibration.npz") as arrays:
         assert found([cell.tobytes() for cell in arrays["elbo.scores"][:5]], contents(folder)) == 5

@@ -394,7 +394,7 @@ def test_one_condition_for_all_rows_equals_the_same_condition_given_to_each() ->
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_condition_enters_at_every_layer(part: str, layer: int) -> None:
     model, batch = bank(), mixed_batch()
-    layers = getattr(model, part).layers
+    layers = getattr(model, part).mlp.layers
     assert len(layers) == 3
     with torch.no_grad():
         for other in (*model.encoder.mlp.layers, *model.decoder.mlp.layers):

@@ -10,14 +10,16 @@ from anomaly_cvae import CVAEDetector, presets
 PARAMETERS = [
     "condition_columns", "conditioning", "unseen_class", "missing_condition", "score_kind", "contamination",
     "false_alarm_rate", "n_estimators", "latent_dim", "hidden_dims", "likelihoods", "column_kinds", "ignore_columns",
-    "prior", "objective", "train_samples", "kl_weight", "input_noise", "mask_rate", "scale_floor", "n_samples",
-    "max_steps", "batch_size", "learning_rate", "patience", "validation_fraction", "calibration_fraction", "device",
-    "dtype", "random_state", "verbose",
+    "channels", "condition_on_observed", "inference_head", "prior", "objective", "train_samples", "kl_weight",
+    "free_bits", "input_noise", "mask_rate", "mask_shapes", "scale_floor", "n_samples", "max_steps", "batch_size",
+    "learning_rate", "patience", "validation_fraction", "calibration_fraction", "checkpoint", "device", "dtype",
+    "random_state", "verbose",
 ]  # fmt: skip
 METHODS = [
     "alarm_columns", "calibrated_score", "class_negative_elbo", "condition_proba", "contrast", "decision_function",
-    "explain", "fit", "fit_predict", "fit_transform", "get_feature_names_out", "impute", "infer_schema", "load",
-    "negative_elbo", "p_values", "predict", "recalibrate", "reconstruct", "sample", "save", "score_samples",
+    "edit", "explain", "explain_pixels", "fit", "fit_predict", "fit_transform", "get_feature_names_out", "impute",
+    "impute_draws", "impute_intervals", "infer_schema", "interpolate", "latent_map", "load", "negative_elbo",
+    "negative_log_likelihood", "p_values", "predict", "recalibrate", "reconstruct", "sample", "save", "score_samples",
     "score_table", "select", "top_columns", "transform",
 ]  # fmt: skip
 
@@ -45,7 +47,7 @@ def test_every_parameter_is_documented():
 
 
 def test_presets_are_parameters():
-    for preset in (presets.FAST, presets.BALANCED, presets.BEST):
+    for preset in (presets.FAST, presets.BALANCED, presets.BEST, presets.IMAGES):
         CVAEDetector(**preset)
 
 

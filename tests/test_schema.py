@@ -293,7 +293,7 @@ def test_the_kind_of_a_condition_can_be_asked_for() -> None:
 
 
 def test_an_unknown_kind_of_condition_is_refused_with_the_choices() -> None:
-    with pytest.raises(ParameterError, match=r"column_kinds\['c'\] is 'real'; .*categorical or continuous"):
+    with pytest.raises(ParameterError, match=r"column_kinds\['c'\] is 'real'; .*categorical, continuous, attribute"):
         infer_condition(series([1, 2]), "c", "real")
 
 

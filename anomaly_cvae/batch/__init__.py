@@ -2,11 +2,13 @@
 
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.local import FileResult, ScoreOptions, Summary, score_files
+from anomaly_cvae.batch.pictures import OnFault
 from anomaly_cvae.batch.source import TableFile, find_files, read_table
 
 __all__ = [
     "CsvFormat",
     "FileResult",
+    "OnFault",
     "ScoreOptions",
     "Summary",
     "TableFile",

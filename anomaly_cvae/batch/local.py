@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 
 from anomaly_cvae.batch.csv_text import CsvFormat
-from anomaly_cvae.batch.manifest import Entry, Manifest
-from anomaly_cvae.batch.needs import Needs
+from anomaly_cvae.batch.manifest import Entry, Manifest, state_of
+from anomaly_cvae.batch.needs import Needs, for_files
+from anomaly_cvae.batch.pictures import OnFault, refuse_picture
 from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class, partial_of, require_own
 from anomaly_cvae.batch.source import Batch, TableFile, find_files
 from anomaly_cvae.detector import CVAEDetector
@@ -58,7 +59,10 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class FileResult:
-    """What became of one input: ``classes`` maps a class to its rows and anomalies."""
+    """What became of one input: ``classes`` maps a class to its rows and anomalies.
+
+    ``faults`` maps a picture of a folder that could not be used to what is wrong with it; the others are scored.
+    """
 
     path: Path
     output: Path
@@ -68,6 +72,7 @@ class FileResult:
     classes: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str = ""
+    faults: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,10 +161,10 @@ def score_files(
     OutputError
         If the output cannot be written, or another job writes there; what is finished stays.
     """
-    options, output = options or ScoreOptions(), Path(output)
+    options, output, detector = options or ScoreOptions(), Path(output), for_files(detector)
     if options.contrast:
         require_contrast(detector.schema_)
-    files = find_files(inputs, options.csv_format)
+    files = find_files(inputs, options.csv_format, called=Needs.of(detector).called)
     targets = _targets(files, inputs, output)
     _require_kept(files, options)
     job = _Job(detector, model_hash, options, on_progress, sum(map(_size, files)))
@@ -250,14 +255,16 @@ class _Job:
         done = manifest.is_done(file.path, target)
         if done is not None:
             self.bytes_done += size
-            return FileResult(file.path, target, "unchanged", done.rows, done.anomalies, dict(done.classes))
-        rows_before = self.rows
+            return FileResult(
+                file.path, target, "unchanged", done.rows, done.anomalies, dict(done.classes), faults=dict(done.faults)
+            )
+        rows_before, faults = self.rows, dict[str, str]()
         with _output_faults_named(target):
             require_own(target)
             partial_of(target).unlink(missing_ok=True)  # of a job that was killed
         try:
             modified = _modified(file)
-            classes = self._score(file, target, size)
+            classes = self._score(file, target, size, self._on_fault(faults))
         except (ValueError, TypeError) as error:
             self.rows = rows_before
             with _output_faults_named(target):
@@ -272,19 +279,32 @@ class _Job:
             rows=self.rows - rows_before,
             classes=classes,
             seconds=round(time.perf_counter() - started, 3),
+            faults=faults,
         )
         with _output_faults_named(target):
             manifest.add(file.path, entry)
-        return FileResult(file.path, target, "scored", entry.rows, entry.anomalies, classes, entry.seconds)
+        return FileResult(
+            file.path, target, "scored", entry.rows, entry.anomalies, classes, entry.seconds, faults=faults
+        )
 
-    def _score(self, file: TableFile, target: Path, size: int) -> dict[str, tuple[int, int]]:
+    def _on_fault(self, faults: dict[str, str]) -> OnFault:
+        """Notes pictures that cannot be used, unless the first of them is to end the job."""
+        if self.options.on_error == "fail":
+            return refuse_picture
+
+        def note(path: Path, why: str) -> None:
+            faults[str(path)] = why
+
+        return note
+
+    def _score(self, file: TableFile, target: Path, size: int, on_fault: OnFault) -> dict[str, tuple[int, int]]:
         kept = self._kept(file)
         totals: dict[str, tuple[int, int]] = {}
         with (
             _output_faults_named(target),
             ScoredFile(target, self._metadata(file)) as sink,
             Writer() as writer,
-            closing(ahead(self.needs.batches(file, kept), self.stopwatch)) as batches,
+            closing(ahead(self.needs.batches(file, kept, on_fault), self.stopwatch)) as batches,
         ):
             for batch in batches:
                 scored = self.stopwatch.timed("score", partial(self._score_batch, file, batch))
@@ -308,7 +328,10 @@ class _Job:
     def _kept(self, file: TableFile) -> list[str]:
         there = file.columns()
         if self.options.keep_all:
-            kept = there
+            kept = [name for name in there if file.kind not in ("pictures", "npz") or name not in self.needs.images]
+        elif self.options.keep is None and file.kind in ("pictures", "npz"):
+            own = {*self.needs.images, *self.options.scored_columns}
+            kept = [name for name in there if name not in own]
         elif self.options.keep is None:
             kept = [name for name in there if name in self.needs.ignored]
         else:
@@ -343,12 +366,12 @@ class _Job:
 
 def _size(file: TableFile) -> int:
     """Bytes; 0 for a file that is gone, which is found out when it is read."""
-    return file.path.stat().st_size if file.path.is_file() else 0
+    return state_of(file.path)[0] if file.path.exists() else 0
 
 
 def _modified(file: TableFile) -> int:
     try:
-        return file.path.stat().st_mtime_ns
+        return state_of(file.path)[1]
     except OSError as error:
         raise DataError(f"{file.path}: no such file; it was there when the job began") from error
 

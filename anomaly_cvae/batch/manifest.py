@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from anomaly_cvae.batch.pictures import pictures_below
 from anomaly_cvae.batch.sink import PARTIAL, sync
 from anomaly_cvae.errors import DataError, OutputError
 
@@ -26,7 +27,7 @@ VERSION = 1
 class Entry:
     """One finished file: what the input was when it was scored, and what came out.
 
-    ``classes`` maps a class to its rows and anomalies.
+    ``classes`` maps a class to its rows and anomalies; ``faults`` a picture that was left out to what is wrong with it.
     """
 
     output: str
@@ -35,6 +36,7 @@ class Entry:
     rows: int
     classes: Mapping[str, tuple[int, int]]
     seconds: float
+    faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def anomalies(self) -> int:
@@ -82,10 +84,7 @@ class Manifest:
     def is_done(self, path: Path, output: Path) -> Entry | None:
         """The entry of an input that has not changed since it was scored, if its output is still there."""
         entry = self.entries.get(key_of(path))
-        if entry is None or not path.is_file():
-            return None
-        stat = path.stat()
-        if (entry.size, entry.modified_ns) != (stat.st_size, stat.st_mtime_ns):
+        if entry is None or not path.exists() or (entry.size, entry.modified_ns) != state_of(path):
             return None
         return entry if self.folder / entry.output == output and output.is_file() else None
 
@@ -152,6 +151,24 @@ class Manifest:
         for other in others:
             del self.entries[other]
         self.entries[name] = entry
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """Bytes and time of the last change, ns: of a file, or of all pictures in a folder, and of its sub-folders.
+
+    Raises
+    ------
+    OSError
+        If there is nothing.
+    """
+    if not path.is_dir():
+        stat = path.stat()
+        return stat.st_size, stat.st_mtime_ns
+    pictures = [picture.stat() for picture in pictures_below(path)]
+    # A picture that is taken away, or brought with its old date, leaves its trace in the folder's.
+    folders = [path, *(below for below in path.rglob("*") if below.is_dir())]
+    changes = [*(stat.st_mtime_ns for stat in pictures), *(folder.stat().st_mtime_ns for folder in folders)]
+    return sum(stat.st_size for stat in pictures), max(changes)
 
 
 def key_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables in files: Parquet, CSV and Arrow, found, checked, and read whole or in batches."""
+"""Tables in files: Parquet, CSV, Arrow and images, found, checked, and read whole or in batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,23 @@ from anomaly_cvae.batch.csv_text import (
     sniff,
     typed,
 )
+from anomaly_cvae.batch.pictures import (
+    OnFault,
+    Part,
+    PictureColumns,
+    array_names,
+    is_picture,
+    picture_names,
+    pictures_below,
+    read_arrays,
+    read_pictures,
+    refuse_picture,
+)
 from anomaly_cvae.errors import DataError, MissingDependencyError
 from anomaly_cvae.frames import to_frame
 from anomaly_cvae.inputs import nearest
 
-Kind = Literal["parquet", "csv", "arrow"]
+Kind = Literal["parquet", "csv", "arrow", "npz", "pictures"]
 
 KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
@@ -43,8 +55,11 @@ KINDS: dict[str, Kind] = {
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
+    ".npz": "npz",
 }
 READ_BUFFER = 1 << 20
+WHOLE = 1 << 62
+"""More rows than any file has."""
 PANDAS_INDEX = "__index_level_"
 
 
@@ -81,16 +96,22 @@ class Wanted:
 
 @dataclass(frozen=True)
 class TableFile:
-    """One file that holds a table; ``relative`` is its place below the folder it was found in."""
+    """One file that holds a table; ``relative`` is its place below the folder it was found in.
+
+    A folder of pictures is one, too. ``called`` names the columns of pictures and of npz files, of which
+    ``part`` is read.
+    """
 
     path: Path
     kind: Kind
     relative: Path
     csv_format: CsvFormat = field(default_factory=CsvFormat)
+    called: PictureColumns = field(default_factory=PictureColumns)
+    part: Part = "test"
 
     @classmethod
     def of(cls, path: str | Path, csv_format: CsvFormat | None = None, root: Path | None = None) -> TableFile:
-        """The file at ``path``, its kind known by its suffix.
+        """The file at ``path``, its kind known by its suffix; a folder is one of pictures.
 
         Raises
         ------
@@ -98,9 +119,11 @@ class TableFile:
             If it is not there, or its suffix says nothing.
         """
         path = Path(path)
+        if path.is_dir():
+            return cls(path, "pictures", Path(path.resolve().name) if root in (None, path) else path.relative_to(root))
+        kind: Kind | None = "pictures" if is_picture(path) else kind_of(path)
         if not path.is_file():
-            raise DataError(f"{path}: no such file{'' if kind_of(path) else ' or folder'}")
-        kind = kind_of(path)
+            raise DataError(f"{path}: no such file{'' if kind else ' or folder'}")
         if kind is None:
             raise DataError(f"{path}: a table is a file in {', '.join(KINDS)}; convert it, or rename it")
         relative = Path(path.name) if root is None else path.relative_to(root)
@@ -117,6 +140,10 @@ class TableFile:
         with self._faults_named():
             if self.kind == "csv":
                 return header(self.path, self.resolved_format())
+            if self.kind == "pictures":
+                return picture_names(self.called)
+            if self.kind == "npz":
+                return array_names(self.path, self.called, self.part)
             if self.kind == "parquet":
                 names: list[str] = list(_pyarrow("parquet").read_schema(self.path).names)
             else:
@@ -137,8 +164,10 @@ class TableFile:
         """
         return sniff(self.path, self.csv_format)
 
-    def read_raw(self) -> pd.DataFrame:
+    def read_raw(self, on_fault: OnFault = refuse_picture) -> pd.DataFrame:
         """The whole table; every cell of a CSV file is text (see `typed_table`).
+
+        ``on_fault`` is told of pictures that cannot be used, which are left out.
 
         Raises
         ------
@@ -149,6 +178,9 @@ class TableFile:
         with self._faults_named():
             if self.kind == "csv":
                 return next(read_text(self.path, self.resolved_format(), None))
+            if self.kind in ("pictures", "npz"):
+                whole: pd.DataFrame = next(self._image_tables(WHOLE, on_fault))[0]
+                return whole
             if self.kind == "parquet":
                 table = _pyarrow("parquet").ParquetFile(self.path).read()
             else:
@@ -157,8 +189,10 @@ class TableFile:
             frame = to_frame(table.replace_schema_metadata(None))
         return frame[[name for name in frame.columns if not str(name).startswith(PANDAS_INDEX)]]
 
-    def batches(self, wanted: Wanted, rows: int) -> Iterator[Batch]:
+    def batches(self, wanted: Wanted, rows: int, on_fault: OnFault = refuse_picture) -> Iterator[Batch]:
         """The wanted columns, at most ``rows`` rows at a time; memory does not grow with the file.
+
+        ``on_fault`` is told of pictures that cannot be used, which are left out.
 
         Raises
         ------
@@ -169,6 +203,12 @@ class TableFile:
         with self._faults_named():
             if self.kind == "csv":
                 yield from self._csv_batches(wanted, rows)
+            elif self.kind in ("pictures", "npz"):
+                start = 0
+                for frame, done in self._image_tables(rows, on_fault):
+                    kept = _pyarrow().table({name: _arrow_cells(frame[name]) for name in wanted.kept})
+                    yield Batch(frame[list(wanted.model)], kept, start, done)
+                    start += len(frame)
             else:
                 tables = self._parquet_tables if self.kind == "parquet" else self._arrow_tables
                 start = 0
@@ -176,6 +216,11 @@ class TableFile:
                     frame = to_frame(table.select(list(wanted.model)).replace_schema_metadata(None))
                     yield Batch(frame, table.select(list(wanted.kept)).replace_schema_metadata(None), start, done)
                     start += len(frame)
+
+    def _image_tables(self, rows: int, on_fault: OnFault) -> Iterator[tuple[Any, float]]:
+        if self.kind == "npz":
+            return read_arrays(self.path, self.called, self.part, rows)
+        return read_pictures(self.path, self.called, rows, on_fault)
 
     def _parquet_tables(self, columns: list[str], rows: int) -> Iterator[tuple[Any, float]]:
         # With pre_buffer, the default, memory grows to the size of the file; so it does with dataset.to_batches.
@@ -223,7 +268,7 @@ class TableFile:
         """Turns what the readers raise into a `DataError` that names the file."""
         path = self.path
         try:
-            if path.stat().st_size == 0:
+            if path.is_file() and path.stat().st_size == 0:
                 raise DataError(f"{path}: the file is empty (0 bytes); write it again, or take it away")
             yield
         except MissingDependencyError:
@@ -256,11 +301,18 @@ def kind_of(path: Path) -> Kind | None:
     return KINDS.get("".join(suffixes[-2:])) or KINDS.get(suffixes[-1] if suffixes else "")
 
 
-def find_files(inputs: Sequence[str | Path] | str | Path, csv_format: CsvFormat | None = None) -> list[TableFile]:
+def find_files(
+    inputs: Sequence[str | Path] | str | Path,
+    csv_format: CsvFormat | None = None,
+    *,
+    called: PictureColumns | None = None,
+    part: Part = "test",
+) -> list[TableFile]:
     """The tables among files, folders (with all below them) and glob patterns; each once, in the order of names.
 
     Hidden files, those that begin with ``_`` and those of other kinds are passed over in folders and
-    patterns, not when named.
+    patterns, not when named. A folder that holds no table but pictures is one table. ``called`` and ``part``
+    as in `TableFile`.
 
     Raises
     ------
@@ -274,7 +326,7 @@ def find_files(inputs: Sequence[str | Path] | str | Path, csv_format: CsvFormat 
         if not files:
             raise DataError(f"{given}: no table found there; tables are files in {', '.join(KINDS)}")
         for file in files:
-            found.setdefault(file.path.resolve(), file)
+            found.setdefault(file.path.resolve(), replace(file, called=called or PictureColumns(), part=part))
     if not found:
         raise DataError("there is no data: name a file, a folder or a pattern")
     return list(found.values())
@@ -288,13 +340,29 @@ def _expand(given: str | Path) -> tuple[Path | None, list[Path]]:
     """The folder that the files are below, None for a single file, and the files."""
     path = Path(given)
     if path.is_dir():
-        return path, _below(path)
+        return path, _tables_of(path)
     if path.exists() or not glob.has_magic(str(given)):
         return None, [path]
     root = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     matches = [Path(name) for name in glob.glob(str(given), recursive=True)]
-    files = [file for match in matches for file in (_below(match) if match.is_dir() else [match])]
-    return root, sorted(file for file in set(files) if _is_visible(file.relative_to(root)) and kind_of(file))
+    files = [file for match in matches for file in (_tables_of(match) if match.is_dir() else [match])]
+    return root, sorted(file for file in set(files) if _is_visible(file.relative_to(root)) and _is_table(file))
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_dir() or kind_of(path) is not None or is_picture(path)
+
+
+def _tables_of(folder: Path) -> list[Path]:
+    """Tables below a folder, or the folder itself if it holds pictures instead."""
+    with warnings.catch_warnings(record=True) as passed_over:
+        warnings.simplefilter("always")
+        tables = _below(folder)
+    if not tables and pictures_below(folder):
+        return [folder]
+    for warning in passed_over:
+        warnings.warn(warning.message, stacklevel=3)
+    return tables
 
 
 def _below(folder: Path) -> list[Path]:
@@ -331,19 +399,23 @@ def read_table(
     *,
     text: Mapping[str, Collection[str]] | None = None,
     numbers: Collection[str] = (),
+    called: PictureColumns | None = None,
+    part: Part = "test",
+    on_fault: OnFault = refuse_picture,
 ) -> pd.DataFrame:
     """Every table found at ``inputs``, one below the other.
 
     Cells of CSV files become what their column holds in all files together. ``text`` (with the levels that
-    are known) and ``numbers`` name columns for which that is clear.
+    are known) and ``numbers`` name columns for which that is clear. ``called`` and ``part`` as in `TableFile`,
+    ``on_fault`` as in `TableFile.read_raw`.
 
     Raises
     ------
     DataError
         If a file cannot be read, or its columns are not those of the first one.
     """
-    files = find_files(inputs, csv_format)
-    frames = [file.read_raw() for file in files]
+    files = find_files(inputs, csv_format, called=called, part=part)
+    frames = [file.read_raw(on_fault) for file in files]
     for file, frame in zip(files[1:], frames[1:], strict=True):
         if set(frame.columns) != set(frames[0].columns):
             differing = sorted(map(str, set(frame.columns) ^ set(frames[0].columns)))
@@ -392,6 +464,16 @@ def require_columns(file: TableFile, needed: Iterable[str]) -> list[str]:
         others = f" (nor {', '.join(map(repr, missing[1:5]))})" if missing[1:] else ""
         raise DataError(f"{file.path}: has no column {missing[0]!r}{others}{nearest(missing[0], there)}")
     return there
+
+
+def _arrow_cells(cells: pd.Series) -> Any:
+    """A kept column beside images: names are text in every batch, even where all of them are missing."""
+    text = cells.dtype == object
+    return _pyarrow().array(
+        cells.map(str, na_action="ignore") if text else cells,
+        type=_pyarrow().string() if text else None,
+        from_pandas=True,
+    )
 
 
 def _pyarrow(module: str | None = None) -> Any:

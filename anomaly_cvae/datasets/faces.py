@@ -5,8 +5,12 @@ For non-commercial research on one's own machine; nothing made from it belongs i
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from anomaly_cvae.errors import DataError
@@ -31,7 +35,8 @@ def faces(path: str | Path, attributes: tuple[str, ...] = ATTRIBUTES, side: int 
     if absent:
         raise DataError(f"{where} has no attribute {absent[0]!r}; it has {', '.join(table.columns[1:])}")
     table = table[["image", *attributes]].reset_index(drop=True)
-    return table.assign(image=[_resized(content, side) for content in table["image"]])
+    images = [_resized(content, side) for content in table["image"]]
+    return table.assign(image=pd.Series(images, dtype=object))
 
 
 def _read_parquet(file: Path) -> pd.DataFrame:
@@ -54,11 +59,8 @@ def _read_standard(folder: Path) -> pd.DataFrame:
     return (table == 1).reset_index(drop=True).assign(image=[str(file) for file in files])
 
 
-def _resized(content: bytes | str, side: int) -> object:
+def _resized(content: bytes | str, side: int) -> npt.NDArray[Any]:
     """The middle square of a picture, given as bytes or as the path of a file."""
-    import io
-
-    import numpy as np
     from PIL import Image
 
     with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as picture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from anomaly_cvae.errors import DataError, TrackingError
 from anomaly_cvae.jobs.config import TableConfig
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows
 from anomaly_cvae.jobs.models import OpenModel
+from anomaly_cvae.jobs.rows import collect
 from anomaly_cvae.jobs.tables import model_columns, read_config_labels, read_for, with_known_label
 from anomaly_cvae.labels import Labels
 from anomaly_cvae.metrics import Evaluation
@@ -26,7 +27,8 @@ ROWS_PER_CHUNK = 1 << 15
 class Evaluated:
     """Scored labelled rows, what they say of the model, and the most surprising of them.
 
-    ``scored`` is `CVAEDetector.score_table` of the labelled rows.
+    ``scored`` is `CVAEDetector.score_table` of the labelled rows; ``faults`` maps pictures that could not be
+    used to what is wrong with them.
     """
 
     evaluation: Evaluation
@@ -36,6 +38,7 @@ class Evaluated:
     seconds: float
     run_id: str | None = None
     tracking_error: str = ""
+    faults: dict[str, str] = field(default_factory=dict)
 
 
 def score_in_chunks(detector: CVAEDetector, frame: pd.DataFrame) -> pd.DataFrame:
@@ -85,8 +88,10 @@ def evaluate_model(model: OpenModel, config: TableConfig, *, log: bool = True, l
     config = with_known_label(config, model.folder)
     if config.label is None:
         raise DataError("evaluate needs to know which rows are anomalies: give the label's column (--label)")
-    frame = read_for(model, config)
-    evaluated = evaluate_rows(model.detector, frame, read_config_labels(frame, config))
+    faults: dict[str, str] = {}
+    frame = read_for(model, config, collect(faults))
+    evaluated = evaluate_rows(model.reader, frame, read_config_labels(frame, config))
+    evaluated = replace(evaluated, faults=faults)
     if not log:
         return evaluated
     try:

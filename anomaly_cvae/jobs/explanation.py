@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from anomaly_cvae.explain import COMBINATION, KL
 from anomaly_cvae.fitted import can_contrast
 from anomaly_cvae.frames import BoolArray
 from anomaly_cvae.jobs.models import OpenModel
+from anomaly_cvae.jobs.rows import collect
 
+IMAGE_CELL = "(image)"
+"""What stands for an image where cells are read as text."""
 MOST_ROWS = 20
 TOP_COLUMNS = 3
 MOST_FOR_ALARM_COLUMNS = 20_000
@@ -32,7 +35,8 @@ class Explanation:
     ``rows``: one line per row: ``row`` (its number or index), ``condition``, ``negative_elbo``, ``score``,
     ``threshold``, ``p_value``, ``is_anomaly``, ``most_normal_as`` (the class under which it is least
     surprising) and ``nats_there``. ``columns``: for each of these rows its top columns, as
-    `CVAEDetector.top_columns` gives them. ``alarm_columns``: as `CVAEDetector.alarm_columns`.
+    `CVAEDetector.top_columns` gives them, images in a word. ``alarm_columns``: as `CVAEDetector.alarm_columns`.
+    ``frame``: the rows themselves. ``faults`` maps pictures that could not be used to what is wrong with them.
     """
 
     rows: pd.DataFrame
@@ -40,6 +44,8 @@ class Explanation:
     alarm_columns: pd.DataFrame
     n_rows: int = 0
     n_alarms: int = 0
+    frame: pd.DataFrame = field(default_factory=pd.DataFrame)
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def lines(self) -> pd.DataFrame:
@@ -62,6 +68,8 @@ def _in_words(column: Mapping[Any, Any]) -> str:
         return ""
     if column["column"] == KL:
         return f"{COMBINATION}: {column['excess_nats']:+.1f} nats"
+    if IMAGE_CELL in (column["observed"], column["expected"]):
+        return f"{column['column']}: {column['excess_nats']:+.1f} nats"
     between = "" if pd.isna(column["low"]) else f"; {column['low']:,.4g} … {column['high']:,.4g}"
     observed, expected = (
         f"{v:,.5g}" if isinstance(v, float) else str(v) for v in (column["observed"], column["expected"])
@@ -98,7 +106,7 @@ def explain_rows(
     if is_anomaly is not None:
         rows["labelled"] = np.where(is_anomaly[rows["row"]], "anomaly", "normal")
     rows["row"], columns["row"] = names[rows["row"]], names[columns["row"]]
-    return Explanation(rows, columns, alarms, len(frame), len(flagged))
+    return Explanation(rows, columns, alarms, len(frame), len(flagged), frame.loc[top.index])
 
 
 def describe(
@@ -112,6 +120,9 @@ def describe(
         rows["most_normal_as"] = by_class.idxmin(axis=1).to_numpy()
         rows["nats_there"] = by_class.min(axis=1).to_numpy()
     columns = detector.top_columns(frame, n=n_columns) if len(frame) else pd.DataFrame({"row": []})
+    images = columns["column"].isin([c.name for c in detector.schema_.images]) if len(columns) else None
+    if images is not None and images.any():
+        columns[["observed", "expected"]] = columns[["observed", "expected"]].where(~images, IMAGE_CELL)
     return rows.reset_index(drop=True), columns
 
 
@@ -133,15 +144,16 @@ def explain_tables(
     DataError
         If a file cannot be read, or a row asked for is not there.
     """
-    detector, asked, needs = model.detector, set(rows), Needs.of(model.detector)
+    detector, asked, faults = model.reader, set(rows), dict[str, str]()
+    needs = Needs.of(detector)
     kept: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     alarms: list[pd.DataFrame] = []
     first = n_alarms = 0
-    files = find_files(list(inputs), model.csv_format(csv_format or CsvFormat()))
+    files = find_files(list(inputs), model.csv_format(csv_format or CsvFormat()), called=needs.called)
     starts: list[int] = []
     for file in files:
         starts.append(first)
-        for batch in needs.batches(file):
+        for batch in needs.batches(file, on_fault=collect(faults)):
             frame = needs.table(batch.frame)
             frame = frame.set_axis(pd.RangeIndex(first, first + len(frame)), axis=0)
             first += len(frame)
@@ -160,7 +172,7 @@ def explain_tables(
         places = np.searchsorted(starts, described["row"].to_numpy(dtype=np.int64), side="right") - 1
         described["file"] = [str(files[place].path) for place in places]
         described["row_in_file"] = described["row"].to_numpy(dtype=np.int64) - np.array(starts)[places]
-    return Explanation(described, columns, merged(alarms), first, n_alarms)
+    return Explanation(described, columns, merged(alarms), first, n_alarms, frame, faults)
 
 
 def _best(parts: list[tuple[pd.DataFrame, pd.DataFrame]], n: int) -> tuple[pd.DataFrame, pd.DataFrame]:

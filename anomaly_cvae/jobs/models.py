@@ -8,6 +8,7 @@ from pathlib import Path
 
 from anomaly_cvae import bundle
 from anomaly_cvae.batch.csv_text import CsvFormat
+from anomaly_cvae.batch.needs import for_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import BundleError
 from anomaly_cvae.tracking import fetch_bundle
@@ -26,6 +27,11 @@ class OpenModel:
     detector: CVAEDetector
     sha256: str
     run_id: str | None
+
+    @property
+    def reader(self) -> CVAEDetector:
+        """The detector for tables in files, whose conditions all are columns."""
+        return for_files(self.detector)
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from anomaly_cvae import bundle
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import Needs
+from anomaly_cvae.batch.pictures import OnFault, pictures_below, refuse_picture
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
@@ -38,16 +39,18 @@ def read_config_labels(frame: pd.DataFrame, config: TableConfig, *, strict: bool
     return read_labels(frame[config.label], config.label, config.anomaly, config.normal, strict=strict)
 
 
-def read_for(model: OpenModel, config: TableConfig) -> pd.DataFrame:
+def read_for(model: OpenModel, config: TableConfig, on_fault: OnFault = refuse_picture) -> pd.DataFrame:
     """A table for a model that is there: its columns mean what they did in training, whatever they look like here.
+
+    ``on_fault`` is told of pictures that cannot be used.
 
     Raises
     ------
     DataError
         If a file cannot be read.
     """
-    needs = Needs.of(model.detector)
-    return read_table(config.data, model.csv_format(csv_format(config)), text=needs.text, numbers=needs.numbers)
+    needs, form = Needs.of(model.reader), model.csv_format(csv_format(config))
+    return read_table(config.data, form, text=needs.text, numbers=needs.numbers, called=needs.called, on_fault=on_fault)
 
 
 def with_known_label(config: TableConfig, folder: Path) -> TableConfig:
@@ -93,6 +96,7 @@ def digest(inputs: list[str]) -> str:
     """SHA-256 over the files, in their order."""
     total = hashlib.sha256()
     for file in find_files(inputs):
-        with file.path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+        for path in pictures_below(file.path) if file.path.is_dir() else [file.path]:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()

@@ -64,7 +64,8 @@ def recalibrate_model(
         detector.recalibrate(false_alarm_rate=false_alarm_rate)
     else:
         normals = _normals(model, config)
-        detector.recalibrate(normals, false_alarm_rate=false_alarm_rate)
+        reader = model.reader  # another layout, perhaps, which is not to be saved
+        detector.model_ = reader.recalibrate(normals, false_alarm_rate=false_alarm_rate).model_
     folder = Path(output) if output is not None else model.folder
     notes = bundle.provenance(model.folder)
     detector.save(folder)
@@ -81,7 +82,7 @@ def recalibrate_model(
 def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
     """The rows of a table that are not labelled as anomalies; by the label of the training, unless another is named."""
     frame = read_for(model, config)
-    rows = model_columns(model.detector, frame)
+    rows = model_columns(model.reader, frame)
     if bundle.provenance(model.folder).get("data_sha256") == digest(config.data):
         warnings.warn(
             "these are the rows that the model was trained on: thresholds from them promise nothing", stacklevel=2

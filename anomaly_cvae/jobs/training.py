@@ -17,14 +17,17 @@ import torch
 from anomaly_cvae import bundle
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.needs import text_columns
+from anomaly_cvae.batch.pictures import FILE, FOLDER, LABEL, OnFault
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import ConditionError, DataError, TrackingError
 from anomaly_cvae.fitting import now, who
 from anomaly_cvae.frames import IntArray
+from anomaly_cvae.images import holds_images
 from anomaly_cvae.jobs.config import TrainConfig
 from anomaly_cvae.jobs.evaluation import Evaluated, evaluate_rows, score_in_chunks
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows
+from anomaly_cvae.jobs.rows import collect
 from anomaly_cvae.jobs.tables import csv_format, digest, read_config_labels, require
 from anomaly_cvae.labels import ANOMALY, LEFT_OUT, NORMAL, UNKNOWN, Labels
 from anomaly_cvae.schema import Schema
@@ -38,7 +41,8 @@ MOST_ROWS_WITHOUT_LABELS = 50_000
 class Plan:
     """A table read and split: what will be trained on what, before anything is trained.
 
-    ``training`` and ``test`` are row numbers of ``frame`` and ``test_frame``.
+    ``training`` and ``test`` are row numbers of ``frame`` and ``test_frame``; ``faults`` maps pictures that
+    could not be used to what is wrong with them.
     """
 
     config: TrainConfig
@@ -52,6 +56,7 @@ class Plan:
     notes: list[str]
     data_sha256: str
     seconds: float
+    faults: dict[str, str] = field(default_factory=dict)
 
     @property
     def training_rows(self) -> pd.DataFrame:
@@ -101,24 +106,29 @@ def prepare(config: TrainConfig) -> Plan:
     started = time.perf_counter()
     if not config.data:
         raise DataError("there is no data to train on: name a file, a folder or a pattern")
-    parameters = config.detector_parameters()
+    parameters, faults = config.detector_parameters(), dict[str, str]()
     bundle.check_target(config.folder)
     resolve_device(parameters.get("device", "auto"), torch.float32)
-    frame = read_table(config.data, csv_format(config))
+    frame = read_table(config.data, csv_format(config), part="train", on_fault=collect(faults))
     _require_named(frame, config)
     if not len(frame):
         raise DataError(f"{', '.join(config.data)}: the table has no rows")
     labels = read_config_labels(frame, config) if config.label in frame.columns else None
     training, test, notes = _split(config, len(frame), labels)
+    beside = _beside_images(config, frame)
+    if "preset" not in config.model_fields_set and any(holds_images(frame[name]) for name in frame):
+        config = config.model_copy(update={"preset": "images"})
+        parameters = config.detector_parameters()
+        notes.append("the preset is that for images (preset: images)")
     detector = CVAEDetector(
         condition_columns=config.condition or None,
-        ignore_columns=_left_out(config, frame) or None,
+        ignore_columns=[*_left_out(config, frame), *beside] or None,
         **parameters,
     )
     schema = detector.infer_schema(frame.iloc[training])
     test_frame, test_labels = frame, labels
     if config.test_data:
-        test_frame, test_labels = _read_test(config, schema)
+        test_frame, test_labels = _read_test(config, schema, collect(faults))
         test = np.flatnonzero(test_labels.is_known)
         notes.append(f"evaluated on {', '.join(config.test_data)}, where {test_labels.rule}")
     _check_test_rows(schema, test_frame, test)
@@ -140,6 +150,7 @@ def prepare(config: TrainConfig) -> Plan:
         notes=notes,
         data_sha256=data_sha256,
         seconds=time.perf_counter() - started,
+        faults=faults,
     )
 
 
@@ -161,12 +172,21 @@ def _left_out(config: TrainConfig, frame: pd.DataFrame) -> list[str]:
     return [name for name in names if name in frame.columns]
 
 
-def _read_test(config: TrainConfig, schema: Schema) -> tuple[pd.DataFrame, Labels]:
+def _beside_images(config: TrainConfig, frame: pd.DataFrame) -> list[str]:
+    """Columns that came with pictures or arrays of images and were not asked for: they are no part of x."""
+    if any(file.kind not in ("pictures", "npz") for file in find_files(config.data, csv_format(config))):
+        return []
+    named = {*config.condition, *config.ignore, *([config.label] if config.label else [])}
+    return [name for name in (FILE, FOLDER, LABEL) if name in frame.columns and name not in named]
+
+
+def _read_test(config: TrainConfig, schema: Schema, on_fault: OnFault) -> tuple[pd.DataFrame, Labels]:
     if config.label is None:
         raise DataError("test_data is for evaluation: say which column is the label")
     text = text_columns(schema)
     known = {*map(str, schema.names), *(str(condition.name) for condition in schema.conditions)}
-    frame = read_table(config.test_data, csv_format(config), text=text, numbers=known - text.keys())
+    numbers = known - text.keys() - {str(column.name) for column in schema.images}
+    frame = read_table(config.test_data, csv_format(config), text=text, numbers=numbers, on_fault=on_fault)
     return frame, read_config_labels(frame, config)
 
 

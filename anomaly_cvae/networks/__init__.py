@@ -3,4 +3,14 @@
 from anomaly_cvae.networks.cells import Blocks, CellDecoder, CellEncoder, Cells, Encoding, PseudoInputs
 from anomaly_cvae.networks.stacked import ALL, StackedLinear, StackedMLP
 
-__all__ = ["ALL", "Blocks", "CellDecoder", "CellEncoder", "Cells", "Encoding", "PseudoInputs", "StackedLinear", "StackedMLP"]
+__all__ = [
+    "ALL",
+    "Blocks",
+    "CellDecoder",
+    "CellEncoder",
+    "Cells",
+    "Encoding",
+    "PseudoInputs",
+    "StackedLinear",
+    "StackedMLP",
+]

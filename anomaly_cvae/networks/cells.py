@@ -52,10 +52,9 @@ class CellEncoder(nn.Module):
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.images = nn.ModuleList(
-            ConvEncoder(n_members, shape, channels, n_conditions, generator) for shape in blocks.images
-        )
-        n_features = sum(int(image.n_features) for image in self.images)
+        encoders = [ConvEncoder(n_members, shape, channels, n_conditions, generator) for shape in blocks.images]
+        self.images = nn.ModuleList(encoders)
+        n_features = sum(encoder.n_features for encoder in encoders)
         self.mlp = StackedMLP(n_members, blocks.n_table + n_features, hidden_dims, n_out, n_conditions, generator)
 
     def forward(self, cells: Cells, condition: Tensor | None, members: slice = ALL) -> Encoding:
@@ -89,11 +88,11 @@ class CellDecoder(nn.Module):
         n_seen: int = 0,
     ) -> None:
         super().__init__()
-        self.images = nn.ModuleList(
-            ConvDecoder(n_members, shape, channels, n_conditions, generator, seen=n_seen > 0)
-            for shape in blocks.images
-        )
-        self.parts = [blocks.n_table, *(int(image.n_seed) for image in self.images)]
+        decoders = [
+            ConvDecoder(n_members, shape, channels, n_conditions, generator, seen=n_seen > 0) for shape in blocks.images
+        ]
+        self.images = nn.ModuleList(decoders)
+        self.parts = [blocks.n_table, *(decoder.n_seed for decoder in decoders)]
         self.mlp = StackedMLP(n_members, n_in + n_seen, hidden_dims, sum(self.parts), n_conditions, generator)
 
     @property

@@ -51,9 +51,7 @@ class StackedConv(nn.Module):
             shift = shift + condition @ _of(self.condition_weight, members)
         images = members_of(x) * (len(weight) if len(x) == 1 else 1)
         shifts = members_of(shift)
-        parts = [
-            self._of_member(*own) for own in zip(images, members_of(weight), shifts, strict=True)
-        ]
+        parts = [self._of_member(*own) for own in zip(images, members_of(weight), shifts, strict=True)]
         return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
     def _of_member(self, x: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -83,9 +81,7 @@ class ConvEncoder(nn.Module):
         self.down = nn.ModuleList(
             StackedConv(n_members, a, b, n_conditions, generator, stride=2) for a, b in pairwise(widths)
         )
-        self.mix = nn.ModuleList(
-            StackedConv(n_members, b, b, n_conditions, generator, start=0.3) for b in channels
-        )
+        self.mix = nn.ModuleList(StackedConv(n_members, b, b, n_conditions, generator, start=0.3) for b in channels)
         height, width = sizes(shape, len(channels))[-1]
         self.n_features = channels[-1] * height * width
 

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from anomaly_cvae.errors import ParameterError
-from anomaly_cvae.model import CVAE
+from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import Blocks, CellEncoder, Cells
+from anomaly_cvae.objectives.bounds import with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss
+from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch
 
-FEATURE_WEIGHT = 1.0
-"""Of the likelihood of the discriminator's features, for the decoder; against fooling the discriminator."""
-DISCRIMINATOR_RATE = 0.5
+FOOLING_WEIGHT = 10.0
+"""Of fooling the discriminator, for the decoder, against a nat of distance in its features: 1 / gamma of equation 9.
+
+At ten times this the decoder fools with faces that are not those it was shown, and the KL dwindles."""
+SCALE_WEIGHT = 1e-3
+"""Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
+equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""
+DISCRIMINATOR_RATE = 0.2
 """Learning rate of the discriminator, relative to the model's."""
+LEAST_VARIANCE = 1e-6
+"""Of a feature; one that is the same in every image says nothing."""
 BETAS = (0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the discriminator says of R images: feature maps (M, R, C, h, w) per column, logits of being real (M, R)."""
+
+    features: list[Tensor]
+    logits: Tensor
 
 
 class Adversarial(Objective):
@@ -32,6 +51,7 @@ class Adversarial(Objective):
     keeps_best = False
 
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0) -> None:
+        self.free_bits = free_bits
         self.discriminator: CellEncoder | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._pending: Tensor | None = None
@@ -46,10 +66,12 @@ class Adversarial(Objective):
         Raises
         ------
         ParameterError
-            Unless the rows are images and nothing else.
+            Unless the rows are images and nothing else, and no part of them is condition.
         """
         if not model.shapes or model.has_table:
             raise ParameterError("objective='vae_gan' is for images alone: x must be one or more image columns")
+        if model.seen_encoder is not None:
+            raise ParameterError("objective='vae_gan' judges whole images: fit with condition_on_observed=False")
         a = model.architecture
         seed = int(torch.randint(2**31 - 1, (1,), generator=draws.generator, device=draws.device))
         self.discriminator = CellEncoder(
@@ -62,31 +84,29 @@ class Adversarial(Objective):
 
     def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """What encoder and decoder lower; the discriminator's own loss waits for `after`."""
-        terms = model.terms(batch, draws.latent(model, batch, 1))
-        means = model.means(model.decode(terms.z, batch.condition))[:, 0]
-        from_prior = draws.latent(model, batch, 1)
-        imagined = model.means(model.decode(from_prior, batch.condition))[:, 0]
-        # The encoder is to be judged by similarity alone, not by how well it fools.
-        fooling = model.means(model.decode(terms.z.detach(), batch.condition))[:, 0]
-        real_features, real_logit = self._judge(model, batch.values, batch.condition)
-        features, _ = self._judge(model, means, batch.condition)
-        _, fooling_logit = self._judge(model, fooling, batch.condition)
-        _, imagined_logit = self._judge(model, imagined, batch.condition)
-        distance = sum(
-            0.5 * (own - real.detach()).square().flatten(2).sum(-1)
-            for own, real in zip(features, real_features, strict=True)
-        )
-        fooled = softplus(-fooling_logit) + softplus(-imagined_logit)
-        scale_only = -self._log_prob_of_scale(model, batch, terms.z.detach())
-        rows = kl_weight * terms.kl.sum(-1) + FEATURE_WEIGHT * distance + fooled + scale_only
+        prior, posterior = model.prior(batch.condition, group=batch.class_index), model.encode(batch)
+        z = posterior.sample(draws.latent(model, batch, 1))
+        means = model.means(model.decode(z, batch.condition))[:, 0]
+        noise = draws.latent(model, batch, 1)
+        imagined = prior.sample(noise) if isinstance(prior, DiagonalNormal) else noise
+        # The encoder is to be judged by similarity alone, not by how well it fools: its z is held here.
+        parameters = model.decode(torch.cat([z.detach(), imagined], dim=1), batch.condition)
+        made = model.means(parameters).flatten(1, 2)
+        real = self._judge(model, batch.values, batch)
+        distance, fooled = self._for_the_model(model, means, made, real, batch)
+        log_prob = model.log_prob(model.with_means_held(parameters[:, :1]), batch)
+        terms = with_free_bits(Terms(log_prob, prior.kl(posterior), z, posterior, prior), self.free_bits)
+        nats = kl_weight * terms.kl.sum(-1) + distance + FOOLING_WEIGHT * fooled + _lightly(-log_prob.sum(-1).mean(1))
         if model.inference_head is not None:
-            rows = rows + inference_loss(model, batch)
-        self._pending = self._discriminator_loss(model, batch, means.detach(), imagined.detach())
-        return Loss(rows.double(), terms.log_prob)
+            nats = nats + inference_loss(model, batch)
+        fake = self._judge(model, made.detach(), batch)
+        self._pending = (softplus(-real.logits).mean(-1) + softplus(fake.logits).mean(-1)).sum()
+        return Loss(nats.double(), log_prob)
 
     def after(self, learning_rate: float) -> None:
         """One step of the discriminator, on the images of the step before."""
-        assert self.optimizer is not None and self._pending is not None
+        assert self.optimizer is not None
+        assert self._pending is not None
         for group in self.optimizer.param_groups:
             group["lr"] = DISCRIMINATOR_RATE * learning_rate
         self.optimizer.zero_grad(set_to_none=True)
@@ -94,22 +114,40 @@ class Adversarial(Objective):
         self.optimizer.step()
         self._pending = None
 
-    def _discriminator_loss(self, model: CVAE, batch: Batch, reconstructed: Tensor, imagined: Tensor) -> Tensor:
-        real = self._judge(model, batch.values, batch.condition)[1]
-        fakes = [self._judge(model, images, batch.condition)[1] for images in (reconstructed, imagined)]
-        return (softplus(-real) + sum(0.5 * softplus(fake) for fake in fakes)).mean(-1).sum()
-
-    def _judge(self, model: CVAE, values: Tensor, condition: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Features of the middle scale of every image, and the logit of being real (M, N)."""
+    def _for_the_model(
+        self, model: CVAE, means: Tensor, made: Tensor, real: Judgement, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Distance of the reconstructions ``means`` in features, and cost of not fooling with ``made``: (M, N) each."""
         assert self.discriminator is not None
-        cells = model.images(values)
-        encoding = self.discriminator(Cells(values.new_zeros(*values.shape[:2], 0), cells), condition)
-        return [maps[len(maps) // 2] for maps in encoding.maps], encoding.outputs[..., 0]
+        # No gradient of these is the discriminator's: a third of the work of going back.
+        self.discriminator.requires_grad_(False)
+        features = self._judge(model, means, batch).features
+        logits = self._judge(model, made, batch).logits
+        self.discriminator.requires_grad_(True)
+        distances = [feature_distance(own, seen.detach()) for own, seen in zip(features, real.features, strict=True)]
+        return torch.stack(distances).sum(0), softplus(-logits).unflatten(1, (-1, means.shape[1])).sum(1)
 
-    def _log_prob_of_scale(self, model: CVAE, batch: Batch, z: Tensor) -> Tensor:
-        """log p(x | z, c) whose gradient reaches the scales of the pixels alone, (M, N)."""
-        parameters = model.decode(z, batch.condition)
-        held = model.with_means_held(parameters)
-        return model.log_prob(held, batch).sum(-1).mean(1)
+    def _judge(self, model: CVAE, values: Tensor, batch: Batch) -> Judgement:
+        """Features of the middle scale, and logits, of images (M, R, D), R a multiple of the batch's rows."""
+        assert self.discriminator is not None
+        if batch.observed is not None:
+            # A hidden pixel is hidden in both: else it would give the real image away.
+            values = values * batch.observed.repeat(1, values.shape[1] // batch.observed.shape[1], 1)
+        cells = Cells(values.new_zeros(*values.shape[:2], 0), model.images(values))
+        encoding = self.discriminator(cells, batch.condition)
+        return Judgement([maps[len(maps) // 2] for maps in encoding.maps], encoding.outputs[..., 0])
 
 
+def feature_distance(own: Tensor, real: Tensor) -> Tensor:
+    """-log N(real | own, 1) of feature maps (M, N, C, h, w), but for its constant: (M, N), nats; equation 7.
+
+    Channels are in units of their standard deviation over the real images, so that the discriminator cannot make the
+    distance matter more or less by the size of its features.
+    """
+    variance = real.var(dim=(1, 3, 4), keepdim=True, correction=0) + LEAST_VARIANCE
+    return 0.5 * ((own - real).square() / variance).flatten(2).sum(-1)
+
+
+def _lightly(nats: Tensor) -> Tensor:
+    """The same value with a gradient of `SCALE_WEIGHT`."""
+    return SCALE_WEIGHT * nats + (1.0 - SCALE_WEIGHT) * nats.detach()

@@ -17,11 +17,14 @@ from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.likelihoods import LIKELIHOODS, Likelihood, likelihood_class
 
 SCALE_FLOOR = 0.08
-KIND_OF = {name: kind for kind, names in LIKELIHOODS_OF_KIND.items() for name in names}
+# A likelihood of table columns that pixels may have, too, is checked as one of table columns.
+KIND_OF = {name: kind for kind, names in reversed(LIKELIHOODS_OF_KIND.items()) for name in names}
 NAMES = sorted(LIKELIHOODS)
 REAL = [name for name in NAMES if KIND_OF[name] == "real"]
 COUNTS = [name for name in NAMES if KIND_OF[name] == "count"]
-NUMBERS = REAL + COUNTS
+PIXELS = [name for name in NAMES if KIND_OF[name] == "pixel"]
+NUMBERS = REAL + COUNTS + PIXELS
+STANDARDISED = REAL + PIXELS
 LEVELS = [name for name in NAMES if KIND_OF[name] in ("binary", "categorical")]
 
 
@@ -38,6 +41,12 @@ def columns(name: str) -> tuple[FittedColumn, ...]:
             FittedColumn("few", name, center=0.3, scale=0.4, mean=0.5, observed=100),
             FittedColumn("some", name, center=1.2, scale=0.6, mean=3.0, observed=100),
             FittedColumn("many", name, center=3.6, scale=0.2, mean=40.0, observed=7),
+        )
+    if KIND_OF[name] == "pixel":
+        return (
+            FittedColumn("ordinary", name, center=120.3, scale=60.0, mean=120.3, observed=100),
+            FittedColumn("dark", name, center=2.6, scale=1.5, mean=2.6, observed=100),
+            FittedColumn("bright", name, center=240.7, scale=20.0, mean=240.7, observed=7),
         )
     n_levels = (2, 2, 2) if KIND_OF[name] == "binary" else (3, 1, 5)
     return tuple(
@@ -64,15 +73,26 @@ def cells(name: str, n_rows: int, seed: int = 0) -> Tensor:
         values = 2.0 * rng.standard_normal((n_rows, len(own)))
     elif KIND_OF[name] == "count":
         values = rng.poisson([column.mean for column in own], (n_rows, len(own)))
+    elif KIND_OF[name] == "pixel":
+        levels = rng.normal([column.center for column in own], [column.scale for column in own], (n_rows, len(own)))
+        values = standardised(name, np.clip(np.round(levels), 0, 255))
     else:
         values = rng.integers(0, [column.n_levels for column in own], (n_rows, len(own)))
     return torch.tensor(values, dtype=torch.float64)
+
+
+def standardised(name: str, levels: np.ndarray) -> np.ndarray:
+    """Levels 0 to 255 of three pixels (N, 3) as the encoder hands them over."""
+    own = columns(name)
+    return (levels - [column.center for column in own]) / [column.scale for column in own]
 
 
 def extreme_cells(name: str) -> Tensor:
     """The most that an encoder hands over: clipped numbers, an unknown level."""
     if KIND_OF[name] in ("binary", "categorical"):
         return torch.tensor([[float(column.n_levels) for column in columns(name)]], dtype=torch.float64)
+    if KIND_OF[name] == "pixel":
+        return torch.tensor(standardised(name, np.array([[0.0] * 3, [255.0] * 3])))
     largest = torch.full((1, 3), LARGEST_VALUE, dtype=torch.float64)
     return torch.cat([largest, -largest]) if KIND_OF[name] == "real" else largest
 
@@ -117,6 +137,32 @@ def _negative_binomial(p: np.ndarray, column: FittedColumn) -> Any:
     return stats.nbinom(concentration, concentration / (concentration + mean))
 
 
+class _RoundedLogistic:
+    """scipy's logistic, rounded to the levels 0 to 255; its location, within them, stands for the mean."""
+
+    def __init__(self, location: float, width: float) -> None:
+        self.logistic = stats.logistic(location, width)
+
+    def pmf(self, level: Any) -> Any:
+        level = np.asarray(level)
+        above = np.where(level >= 255, 1.0, self.logistic.cdf(level + 0.5))
+        below = np.where(level <= 0, 0.0, self.logistic.cdf(level - 0.5))
+        # Above the middle the survival function keeps the digits that 1 - cdf loses.
+        left = np.where(level <= 0, 1.0, self.logistic.sf(level - 0.5))
+        right = np.where(level >= 255, 0.0, self.logistic.sf(level + 0.5))
+        return np.where(level > self.logistic.mean(), left - right, above - below)
+
+    def logpmf(self, level: Any) -> Any:
+        return np.log(self.pmf(level))
+
+    def mean(self) -> float:
+        return float(np.clip(self.logistic.mean(), 0.0, 255.0))
+
+
+def _discretised_logistic(p: np.ndarray, column: FittedColumn) -> Any:
+    return _RoundedLogistic(column.center + column.scale * p[0], column.scale * np.exp(p[1]))
+
+
 def _bernoulli(p: np.ndarray, column: FittedColumn) -> Any:
     return stats.bernoulli(expit(p[0]))
 
@@ -131,6 +177,7 @@ REFERENCES: dict[str, Callable[[np.ndarray, FittedColumn], Any]] = {
     "student_t": _student_t,
     "poisson": _poisson,
     "negative_binomial": _negative_binomial,
+    "discretised_logistic": _discretised_logistic,
     "bernoulli": _bernoulli,
     "categorical": _categorical,
 }
@@ -163,6 +210,8 @@ def reference_log_prob(name: str, outputs: Tensor, values: Tensor) -> np.ndarray
             distribution, value = reference(name, outputs[n], d), float(values[n, d])
             if KIND_OF[name] == "real":
                 expected[n, d] = distribution.logpdf(column.center + column.scale * value)
+            elif name in PIXELS:
+                expected[n, d] = distribution.logpmf(round(column.center + column.scale * value))
             else:
                 expected[n, d] = distribution.logpmf(value)
                 if name in LEVELS:
@@ -262,6 +311,25 @@ def test_the_probabilities_of_all_counts_sum_to_one(name: str) -> None:
     counts = torch.arange(20_000, dtype=torch.float64)[:, None, None].expand(-1, 1, 3)
     total = torch.exp(likelihood.log_prob(outputs, counts)).sum(0)
     np.testing.assert_allclose(total, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_the_probabilities_of_all_levels_of_a_pixel_sum_to_one(name: str) -> None:
+    likelihood = head(name)
+    levels = torch.tensor(standardised(name, np.arange(256.0)[:, None].repeat(3, axis=1)))
+    outputs = parameters(likelihood, 5, seed=4, spread=2.0)
+    total = torch.exp(likelihood.log_prob(outputs, levels[:, None])).sum(0)
+    np.testing.assert_allclose(total, 1.0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", PIXELS)
+def test_draws_of_a_pixel_are_levels(name: str) -> None:
+    drawn = head(name).sample(parameters(head(name), 500, spread=3.0), torch.Generator().manual_seed(0)).numpy()
+    for d, column in enumerate(columns(name)):
+        levels = column.center + column.scale * drawn[:, d]
+        np.testing.assert_allclose(levels, np.round(levels), atol=1e-9)
+        assert levels.min() >= -1e-9
+        assert levels.max() <= 255 + 1e-9
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -367,7 +435,7 @@ def test_an_unknown_level_gives_zero_features(name: str) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_features_keep_the_order_of_numbers(name: str) -> None:
     grid = torch.linspace(0.0, 1e4, 2001, dtype=torch.float64)
-    grid = torch.cat([-grid.flip(0)[:-1], grid]) if name in REAL else grid
+    grid = torch.cat([-grid.flip(0)[:-1], grid]) if name in STANDARDISED else grid
     features = head(name).features(grid[:, None].expand(-1, 3), None)
     assert (features.diff(dim=0) > 0).all()
 
@@ -386,7 +454,7 @@ def test_features_tell_known_levels_apart(name: str) -> None:
 def _mean_of_numbers(name: str, outputs: Tensor, n: int, d: int) -> float:
     means = [float(reference(name, outputs[m, s, n], d).mean()) for m, s in np.ndindex(*outputs.shape[:2])]
     column = columns(name)[d]
-    return (np.mean(means) - column.center) / column.scale if name in REAL else np.mean(means)
+    return (np.mean(means) - column.center) / column.scale if name in STANDARDISED else np.mean(means)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -394,6 +462,20 @@ def test_expected_number_is_the_mean_over_members_and_samples(name: str) -> None
     outputs = parameters(head(name), 2, 3, 4)
     documented = [[_mean_of_numbers(name, outputs, n, d) for d in range(3)] for n in range(4)]
     np.testing.assert_allclose(head(name).expected(outputs), documented, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS_OF_KIND["pixel"])
+def test_the_mean_of_a_pixel_is_that_of_one_member_and_sample_and_has_a_gradient(name: str) -> None:
+    outputs = parameters(head(name), 4).requires_grad_()
+    mean = head(name).mean(outputs)
+    assert mean.shape == (4, 3)
+    mean.sum().backward()
+    assert (outputs.grad[:, :3] != 0).any()
+    if name not in LEVELS:  # of levels the expected one is the most probable, not the mean
+        torch.testing.assert_close(mean, head(name).expected(outputs[None, None]), rtol=1e-12, atol=1e-12)
+        return
+    documented = [[reference(name, outputs.detach()[n], d).mean() for d in range(3)] for n in range(4)]
+    np.testing.assert_allclose(mean.detach(), documented, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", LEVELS)
@@ -416,6 +498,8 @@ def test_samples_follow_the_distribution(name: str) -> None:
         sample = drawn[:, n, d]
         if name in REAL:
             p_value = stats.kstest(column.center + column.scale * sample, distribution.cdf).pvalue
+        elif name in PIXELS:
+            p_value = _chi_square_p_value(np.round(column.center + column.scale * sample), distribution)
         else:
             p_value = _chi_square_p_value(sample, distribution)
         assert p_value > 1e-4

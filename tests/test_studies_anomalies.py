@@ -1,0 +1,72 @@
+"""The studies on anomalous images, run as a user runs them, on small digits and for few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+N_TEST = 200
+
+
+def save(file: Path, images: np.ndarray, classes: np.ndarray) -> Path:
+    np.savez(file, x_train=images[N_TEST:], y_train=classes[N_TEST:], x_test=images[:N_TEST], y_test=classes[:N_TEST])
+    return file
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> tuple[Path, Path]:
+    """scikit-learn's digits 0, 1 and 2 of 8 x 8 pixels as bytes, and images of another kind: stripes."""
+    images, digits = load_digits(n_class=3, return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    folder = tmp_path_factory.mktemp("source")
+    stripes = np.where(np.arange(8) % 2, 255, 0) * np.ones((len(images), 8, 1))
+    phase = np.random.default_rng(0).integers(0, 2, len(images))
+    stripes = np.stack([np.roll(image, by, axis=1) for image, by in zip(stripes, phase, strict=True)])
+    return save(folder / "digits.npz", images, digits), save(folder / "stripes.npz", stripes.astype(np.uint8), digits)
+
+
+def study(program: str, folder: Path, *arguments: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / program), "--output", str(folder), "--no-tracking",
+         *map(str, arguments)],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def figures(folder: Path) -> dict[str, float]:
+    return {
+        name: found["value"] for name, found in json.loads((folder / "figures.json").read_text())["figures"].items()
+    }
+
+
+@pytest.mark.parametrize("more", [(), ("--convolutions",)], ids=["pixels", "convolutions"])
+def test_one_class_images(sources, tmp_path, more):
+    said = study("one_class_images.py", tmp_path, "--source", sources[0], "--steps", 100, *more)
+    found = figures(tmp_path)
+    assert found["mean AUROC, one class against the rest"] > 85.0
+    assert found["mean AUROC, 5 nearest neighbours"] > 95.0
+    per_class = [found[f"AUROC, class {k} against the rest"] for k in range(3)]
+    assert found["mean AUROC, one class against the rest"] == pytest.approx(np.mean(per_class))
+    assert found["AUROC, damaged: noise"] > 60.0
+    for picture in ("class_0", "class_2", "damages"):
+        assert (tmp_path / f"{picture}.png").is_file()
+        assert f"{picture}.png" in said.replace("\n", "")
+
+
+def test_ood_images(sources, tmp_path):
+    study("ood_images.py", tmp_path, "--source", sources[0], "--other", sources[1], "--steps", 60)
+    found = figures(tmp_path)
+    assert found["AUROC, parts together"] > 0.95
+    assert found["AUROC, spread of nats over pixels alone"] >= 0.5
+    assert found["foreign images flagged"] > found["normals flagged"]
+    for picture in ("parts", "roc", "least_foreign"):
+        assert (tmp_path / f"{picture}.png").is_file()

@@ -1,0 +1,77 @@
+"""The studies on digits, run as a user runs them, on small digits and for few steps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).parents[1]
+N_TEST = 120
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """scikit-learn's digits of 8 x 8 pixels as 12 x 12 bytes, in the layout of MNIST."""
+    images, digits = load_digits(return_X_y=True)
+    places = np.arange(12) * 8 // 12
+    images = np.round(images.reshape(-1, 8, 8)[:, places][:, :, places] * (255 / 16)).astype(np.uint8)
+    file = tmp_path_factory.mktemp("source") / "digits.npz"
+    np.savez(file, x_train=images[N_TEST:], y_train=digits[N_TEST:], x_test=images[:N_TEST], y_test=digits[:N_TEST])
+    return file
+
+
+def study(program: str, source: Path, folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / program), "--source", str(source), "--output", str(folder),
+         "--no-tracking", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def figures(folder: Path) -> dict[str, float]:
+    return {
+        name: found["value"] for name, found in json.loads((folder / "figures.json").read_text())["figures"].items()
+    }
+
+
+def test_completion(source, tmp_path):
+    said = study("completion.py", source, tmp_path, "--rows", "300", "--steps", "20", "--objective", "hybrid")
+    found = figures(tmp_path)
+    nats = [found[f"-log p(hidden|seen), {n} seen"] for n in ("1 quadrant", "2 quadrants", "3 quadrants")]
+    assert nats[0] > nats[1] > nats[2] > 0, "the fewer pixels are hidden, the less they cost"
+    bound = found["negative ELBO of the hidden, 3 quadrants seen"]
+    assert bound > nats[2]
+    assert (tmp_path / "completions.png").is_file()
+    table = (tmp_path / "comparison.md").read_text()
+    assert "CVAE (Sohn et al. 2015)" in table
+    assert f"{nats[0]:.2f}" in table
+    assert "completions.png" in said
+
+
+def test_semi_supervised(source, tmp_path):
+    arguments = ("--rows", "300", "--steps", "8", "--labels", "50", "100", "--splits", "1")
+    study("semi_supervised.py", source, tmp_path, *arguments)
+    found = figures(tmp_path)
+    for n in (50, 100):
+        for model in ("M2", "M1+M2"):
+            assert 0 <= found[f"test error, {n} labels, {model}"] < 100
+    for picture in ("generated", "error_by_labels"):
+        assert (tmp_path / f"{picture}.png").is_file()
+    assert len((tmp_path / "splits.csv").read_text().splitlines()) == 1 + 2 * 2
+
+
+def test_a_missing_source_is_named(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines" / "completion.py"), "--source", str(tmp_path / "no.npz")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert "no.npz does not exist" in ran.stderr
