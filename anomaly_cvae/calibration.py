@@ -254,8 +254,8 @@ class Reference:
 class PartsShape:
     """A normal distribution of the parts of the negative ELBO, per class: center (K, P), precision (K, P, P).
 
-    Reconstruction, its spread over the cells, KL and the size and width of the posterior each say something
-    of their own; their sum hides an image that is too simple, and one that is surprising in a few cells and
+    Reconstruction, its spread over the cells, KL and the size of the posterior mean each say something of
+    their own; their sum hides an image that is too simple, and one that is surprising in a few cells and
     plain in the others. After Zhang, Lehmann and Zhao (2024), who fit a density to such parts.
     """
 

@@ -12,30 +12,25 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy.special import expit, softmax
 from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from anomaly_cvae import bundle, explain, generation
+from anomaly_cvae import bundle, explain
 from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, LIKELIHOODS_OF_PIXELS, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
 from anomaly_cvae.fitting import FitSettings, Split, fit_model, now, who
-from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells, to_frame
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells
+from anomaly_cvae.generative import Generative
 from anomaly_cvae.inputs import (
     Layout,
     condition_frame,
     feature_frame,
-    fill,
-    given_cells,
-    nearest,
     resolve_keys,
     resolve_names,
     shortened,
-    with_ignored,
-    with_missing,
 )
 from anomaly_cvae.objectives import objective
 from anomaly_cvae.parameters import CHOICES, check_parameters
@@ -62,7 +57,7 @@ UNKNOWN_CLASS = "(unknown class)"
 """Where rows of a class not seen in training, or with a missing condition, are grouped."""
 
 
-class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
+class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
     """Find rows that are unlikely given their condition.
 
     A bank of conditional variational autoencoders models p(x | c). A row's score is its negative ELBO in
@@ -515,7 +510,7 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         reference = self._calibration().references["elbo"]
         return reference.calibrated(self.model_.scores(encoded, "elbo"), groups, encoded.observed)
 
-    # ------------------------------------------------------------------ explanation and generation
+    # ------------------------------------------------------------------ explanation
 
     def explain(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
         """Nats per column and of the KL, (N, D + 1); rows sum to `negative_elbo`."""
@@ -578,178 +573,6 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
         if column not in names:
             raise DataError(f"explain_pixels: {column!r} is no column of images; there are {names or 'none'}")
         return explain.pixels(self.model_, encoded, column)
-
-    def sample(
-        self, n: int, *, condition: Any = None, random_state: Any = None, noise: bool = True, same_z: bool = False
-    ) -> Any:
-        """Draw ``n`` rows of p(x | c), like X.
-
-        ``condition`` is one class for all rows, or one per row; None draws classes as often as they
-        occurred in training. Without ``noise`` cells are what p(x | z, c) expects, not draws of it: images
-        without grain. ``same_z`` gives the i-th row of every class the same z from N(0, I): the same style.
-        """
-        check_is_fitted(self)
-        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-        conditions = self._conditions_to_sample(n, condition, seed)
-        classes, continuous = self._encode_conditions(conditions)
-        generator = self.model_.engine.generator(seed)
-        values = generation.sample(self.model_, classes, continuous, generator, noise=noise, same_z=same_z)
-        return self._like_x(self.model_.encoder.decode(values, drawn=noise), conditions)
-
-    def reconstruct(self, X: Any, *, condition: Any = None) -> Any:
-        """What the model expects of every cell after seeing the row, like X without ignored columns."""
-        encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        values = self.model_.engine.expected(self._with_class(encoded))
-        return self._like_x(self.model_.encoder.decode(values, frame.index), frame)
-
-    def impute(self, X: Any, *, condition: Any = None) -> Any:
-        """X, without ignored columns, with missing cells replaced by what the observed ones let expect."""
-        encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        expected = self.model_.encoder.decode(generation.impute(self.model_, self._with_class(encoded)), frame.index)
-        images = {column.name for column in self.schema_.images}
-        filled = {n: expected[n] if n in images else fill(frame[n], expected[n]) for n in self.schema_.names}
-        return self._like_x(pd.DataFrame(filled, index=frame.index), frame)
-
-    def impute_draws(
-        self, X: Any, n: int, *, condition: Any = None, random_state: Any = None, noise: bool = True
-    ) -> Any:
-        """X with its missing cells drawn ``n`` times given the observed ones (multiple imputation), like X.
-
-        N * n rows: the n completions of the first row, then those of the second, and so on. ``noise`` as in
-        `sample`.
-        """
-        encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-        generator = self.model_.engine.generator(seed)
-        drawn = generation.impute_draws(self.model_, self._with_class(encoded), n, generator, noise=noise)
-        repeated = frame.loc[frame.index.repeat(n)] if frame.index.is_unique else frame.iloc[_repeat(len(frame), n)]
-        values = drawn.transpose(1, 0, 2).reshape(len(frame) * n, -1)
-        return self._like_x(self.model_.encoder.decode(values, repeated.index, drawn=noise), repeated)
-
-    def impute_intervals(
-        self, X: Any, *, condition: Any = None, coverage: float = 0.9, n_draws: int = 200, random_state: Any = None
-    ) -> pd.DataFrame:
-        """Where each missing number lies: one line per missing cell with ``expected``, ``low`` and ``high``.
-
-        The central ``coverage`` of draws given the observed cells. Of an image with hidden pixels the three
-        are images; of a column with levels, low and high are missing.
-        """
-        if not 0.0 < coverage < 1.0:
-            raise ParameterError(f"coverage must lie in (0, 1), not {coverage}")
-        encoded, frame = self._with_class(self._encode(X, condition)), self._frame(X, condition)
-        seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-        return explain.intervals(self.model_, encoded, frame.index, coverage, n_draws, seed)
-
-    def edit(self, X: Any, condition_from: Any = None, condition_to: Any = None, *, keep_detail: bool = False) -> Any:
-        """The rows of X as they would be under another condition, their style z kept: like X.
-
-        ``condition_from`` is what X is now, where `fit` was given ``condition=`` (else its own columns say
-        so); ``condition_to`` is one condition for all rows, one per row, or a dict {condition: value} of
-        those to change. ``keep_detail`` puts back what the reconstruction lacks of each row.
-
-        Raises
-        ------
-        ConditionError
-            Without a condition, for an unknown one, or in a bank of one network per class, whose latent
-            spaces have nothing to do with each other.
-        """
-        check_is_fitted(self)
-        if not self.schema_.conditions:
-            raise ConditionError("edit changes the condition, and this detector has none")
-        if self.model_.engine.members_per_class is not None:
-            raise ConditionError(
-                "edit keeps z and changes the condition: networks of one class each share no z; fit with "
-                "conditioning='shared'"
-            )
-        encoded, frame = self._with_class(self._encode(X, condition_from)), self._frame(X, condition_from)
-        if condition_to is None:
-            raise ConditionError(f"edit needs condition_to: values of {[str(c.name) for c in self.schema_.conditions]}")
-        wanted = self._conditions_to_have(condition_to, frame)
-        classes, continuous = self._encode_conditions(wanted)
-        target = encoded.of_class(classes).with_continuous(continuous)
-        values = generation.change_condition(self.model_, encoded, target, keep_detail=keep_detail)
-        return self._like_x(self.model_.encoder.decode(values, frame.index), wanted.set_axis(frame.index))
-
-    def interpolate(self, X_from: Any, X_to: Any, n: int = 8, *, condition: Any = None) -> Any:
-        """``n`` rows on the way from each row of X_from to that of X_to, through the latent space: like X.
-
-        N * n rows, path after path, both ends (as reconstructed) included. The two must have the same
-        conditions: change one by `edit` first.
-        """
-        start, end = (self._with_class(self._encode(X, condition)) for X in (X_from, X_to))
-        if len(start) != len(end):
-            raise DataError(f"X_from has {len(start)} rows and X_to has {len(end)}: interpolate pairs them")
-        alike = (start.class_index == end.class_index) & (start.continuous == end.continuous).all(axis=1)
-        if not alike.all():
-            raise ConditionError(
-                f"row {int(np.flatnonzero(~alike)[0])} has one condition in X_from and another in X_to; use edit to "
-                "bring one to the other's"
-            )
-        frame, repeated = self._frame(X_from, condition), _repeat(len(start), n)
-        engine = self.model_.engine
-        z = generation.path(engine.posterior_mean(start), engine.posterior_mean(end), n)
-        values = generation.decode(self.model_, z, start.take(repeated))
-        rows = frame.iloc[repeated]
-        return self._like_x(self.model_.encoder.decode(values, rows.index), rows)
-
-    def latent_map(self, n: int = 15, *, condition: Any = None, span: float = 3.0) -> Any:
-        """What the model expects at ``n`` x ``n`` points of a 2-D latent space, within ``span`` of 0: like X.
-
-        The first latent unit runs down, the second across. ``condition`` is one class.
-
-        Raises
-        ------
-        ParameterError
-            If the latent space has not two units.
-        """
-        check_is_fitted(self)
-        if self._n_features_out != 2:
-            raise ParameterError(f"latent_map draws a plane: fit with latent_dim=2, not {self._n_features_out}")
-        z = generation.latent_grid(n, span)
-        conditions = self._conditions_to_sample(len(z), condition, seed=0)
-        if condition is None and len(self.schema_.classes) > 1:
-            raise ConditionError(f"latent_map needs condition=, one of {shortened(self.schema_.class_names)}")
-        classes, continuous = self._encode_conditions(conditions)
-        empty = np.zeros((len(z), 0))
-        under = Encoded(empty, np.zeros(empty.shape, dtype=np.bool_), classes, continuous)
-        return self._like_x(self.model_.encoder.decode(generation.decode(self.model_, z, under)), conditions)
-
-    def condition_proba(self, X: Any, *, method: str = "elbo", n_samples: int = 100) -> pd.DataFrame:
-        """p(c | x) of each row and class, (N, K); condition columns of X, if there, are not looked at.
-
-        Parameters
-        ----------
-        method : "elbo" and "iwae" weigh the class-wise likelihoods, by their bounds, with p(c); "head" asks the
-            inference head q(c | x), which also tells attributes: one column each, the probability of its
-            second value
-        n_samples : importance samples of "iwae"
-
-        Raises
-        ------
-        ConditionError, ParameterError
-            Without classes; if the model has no inference head.
-        """
-        check_is_fitted(self)
-        if method not in ("elbo", "iwae", "head"):
-            raise ParameterError(f"method must be one of 'elbo', 'iwae', 'head', not {method!r}")
-        features = self._features(X, need_condition=False)
-        encoded = self.model_.encoder.encode(features, with_condition=False)
-        if method == "head":
-            return self._condition_by_head(encoded, self._index(X))
-        require_contrast(self.schema_)
-        probabilities = self.model_.class_probabilities(encoded, n_samples if method == "iwae" else None)
-        return pd.DataFrame(probabilities, columns=self.schema_.class_names, index=self._index(X))
-
-    def _condition_by_head(self, encoded: Encoded, index: pd.Index | None) -> pd.DataFrame:
-        architecture = self.model_.engine.model.architecture
-        if not architecture.n_classes + architecture.n_attributes:
-            raise ParameterError("this detector has no inference head q(c | x): fit with inference_head=True")
-        logits = self.model_.engine.condition_logits(encoded)
-        classes, attributes = logits[:, : architecture.n_classes], logits[:, architecture.n_classes :]
-        names = [*self.schema_.class_names][: architecture.n_classes] + [c.name for c in self.schema_.attributes]
-        classes = softmax(classes, axis=1) if classes.shape[1] else classes
-        probabilities = np.column_stack([classes, expit(attributes)])
-        return pd.DataFrame(probabilities, columns=names, index=index)
 
     def transform(self, X: Any, *, condition: Any = None) -> FloatArray:
         """Posterior mean of z under the first network of each row's class, (N, Z)."""
@@ -900,134 +723,3 @@ class CVAEDetector(CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEst
             cells = self._frame(X, condition)[conditions].iloc[unseen]
             labels[unseen] = [", ".join(map(str, levels)) for levels in cells.itertuples(index=False)]
         return labels
-
-    def _features(self, X: Any, *, need_condition: bool = True) -> pd.DataFrame:
-        check_is_fitted(self)
-        if not need_condition and is_table(X):
-            frame = to_frame(X)
-            absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
-            X = with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
-        if is_table(X) and self.layout_.ignored:
-            X = with_ignored(to_frame(X), self.layout_)
-        return feature_frame(self, X, reset=False, expected=self.layout_).set_axis(list(self.layout_.columns), axis=1)
-
-    def _frame(self, X: Any, condition: Any) -> pd.DataFrame:
-        features, passed = self._features(X), self.layout_.passed_conditions
-        if condition is None and passed:
-            if self.missing_condition != "marginal":
-                raise ConditionError(
-                    f"this detector was fitted with condition= ({', '.join(map(str, passed))}) and never scores "
-                    "without: pass condition=, or set missing_condition='marginal'"
-                )
-            return with_missing(features, passed)
-        if condition is not None and not passed:
-            raise ConditionError(
-                "condition= was passed, but fit had none; its conditions are "
-                f"{list(self.layout_.condition_columns) or 'none at all'}"
-            )
-        if condition is None:
-            return features
-        extra = condition_frame(condition, len(features), (), passed)
-        return pd.concat([features, extra.set_axis(features.index)], axis=1)
-
-    def _encode(self, X: Any, condition: Any, given: Any = None) -> Encoded:
-        check_is_fitted(self)
-        encoded = self.model_.encoder.encode(self._frame(X, condition))
-        self._apply_policies(encoded, X, condition)
-        if given is None:
-            return encoded
-        parts = given_cells(given, self.schema_, len(encoded))
-        cells = np.concatenate([parts[place] for place in self.model_.encoder.order], axis=1)
-        if cells.any() and not cells.all() and not self.model_.engine.model.architecture.observed_condition:
-            raise ParameterError(
-                "given= makes an observed part of the row its condition, which this detector has not learned: fit with "
-                "condition_on_observed=True"
-            )
-        return replace(encoded, given=cells)
-
-    def _apply_policies(self, encoded: Encoded, X: Any, condition: Any) -> None:
-        missing = np.flatnonzero(encoded.class_index < 0)
-        if missing.size and self.missing_condition == "raise":
-            raise ConditionError(
-                f"the condition is missing in row {missing[0]} ({missing.size} row(s) in all); fill it, or set "
-                "missing_condition='marginal' to average over the classes"
-            )
-        unseen = np.flatnonzero(self._is_unseen(encoded))
-        if unseen.size and self.unseen_class == "raise":
-            names = [c.name for c in self.schema_.categorical_conditions]
-            cells = self._frame(X, condition)[names].iloc[unseen[0]].tolist()
-            raise ConditionError(
-                f"condition {', '.join(map(str, names))} is {', '.join(map(str, cells))!r} in row {unseen[0]}, a class "
-                f"not seen in training ({unseen.size} row(s) in all); seen: {shortened(self.schema_.class_names)}. "
-                "Set unseen_class='anomaly' to flag such rows, or 'marginal' to average over the classes"
-            )
-
-    def _is_unseen(self, encoded: Encoded) -> BoolArray:
-        unseen: BoolArray = encoded.class_index == len(self.schema_.classes)
-        return unseen
-
-    def _with_class(self, encoded: Encoded) -> Encoded:
-        """Rows of unknown class under their most probable one."""
-        unknown = self.model_.groups(encoded) == self.model_.n_classes
-        if not unknown.any():
-            return encoded
-        best = self.model_.class_probabilities(encoded).argmax(axis=1)
-        return encoded.of_class(np.where(unknown, best, encoded.class_index))
-
-    def _conditions_to_sample(self, n: int, condition: Any, seed: int) -> pd.DataFrame:
-        names = [c.name for c in self.schema_.conditions]
-        if condition is None:
-            if self.schema_.continuous_conditions:
-                raise ConditionError(f"sample needs condition=: values of {names}")
-            rng = np.random.default_rng(seed)
-            drawn = rng.choice(self.model_.n_classes, size=n, p=self.model_.class_frequency)
-            levels = [self.schema_.classes[k] for k in drawn]
-            return pd.DataFrame(levels, columns=names, index=range(n))
-        if not names:
-            raise ConditionError("condition= was passed, but this detector has no condition")
-        if isinstance(condition, (str, int, float, bool, np.generic)):
-            condition = [[condition] * len(names)] * n if len(names) == 1 else condition
-        elif isinstance(condition, tuple) and len(condition) == len(names):
-            condition = [list(condition)] * n
-        return condition_frame(condition, n, (), tuple(names))
-
-    def _conditions_to_have(self, wanted: Any, frame: pd.DataFrame) -> pd.DataFrame:
-        """Conditions of every row of ``frame`` after an edit, (N, Q)."""
-        names = [c.name for c in self.schema_.conditions]
-        if not isinstance(wanted, Mapping):
-            return self._conditions_to_sample(len(frame), wanted, seed=0)
-        own = frame[names].reset_index(drop=True)
-        for name, value in wanted.items():
-            if name not in names:
-                raise ConditionError(f"there is no condition {name!r}{nearest(name, names)}")
-            own[name] = value
-        return own
-
-    def _encode_conditions(self, conditions: pd.DataFrame) -> tuple[IntArray, FloatArray]:
-        classes, continuous = self.model_.encoder.encode_conditions(conditions)
-        unknown = np.flatnonzero((classes < 0) | (classes >= self.model_.n_classes))
-        if unknown.size:
-            raise ConditionError(
-                f"no class {conditions.iloc[unknown[0]].tolist()}; there are {shortened(self.schema_.class_names)}"
-            )
-        return classes, continuous
-
-    def _like_x(self, cells: pd.DataFrame, conditions: pd.DataFrame) -> Any:
-        """Cells of x with X's condition columns put back, in X's order: a frame, or an array as X was."""
-        layout = self.layout_
-        for name in layout.condition_columns:
-            cells[name] = conditions[name].to_numpy()
-        ordered = cells[[name for name in layout.columns if name not in layout.ignored]]
-        if layout.is_frame:
-            return ordered
-        if len(self.schema_.columns) == len(self.schema_.images) == 1 and ordered.shape[1] == 1:
-            return np.stack(ordered.iloc[:, 0].tolist()) if len(ordered) else np.zeros((0, 0, 0))
-        return ordered.to_numpy()
-
-    def _index(self, X: Any) -> pd.Index | None:
-        return to_frame(X).index if is_table(X) else None
-
-
-def _repeat(n_rows: int, n: int) -> IntArray:
-    """Row numbers, each ``n`` times in a row."""
-    return np.repeat(np.arange(n_rows), n)

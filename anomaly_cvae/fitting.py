@@ -40,7 +40,7 @@ PriorName = Literal["aggregate", "standard", "learned", "vamp"]
 VAMP_COMPONENTS = 64
 """Pseudo-inputs of a VampPrior, over all classes; at least `LEAST_VAMP_COMPONENTS` for each."""
 LEAST_VAMP_COMPONENTS = 8
-LABELLED_SHARE = 0.25
+LABELLED_SHARE = 0.1
 """Least share of a batch that has a class, where only some rows have one."""
 
 
@@ -267,7 +267,8 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         known = encoded.class_index[encoded.class_index >= 0]
         largest = len(encoded) if len(known) < len(encoded) else int(np.bincount(known, minlength=n_classes).max())
         aggregate = AggregatePosterior(n_members, n_groups, number_of_components(largest), latent_dim)
-    scaled = n_classes > 1 and bool(encoder.is_real.any()) and bool((encoded.class_index >= 0).all())
+    # Values in units of a row's own class would tell the inference head that class.
+    scaled = n_classes > 1 and bool(encoder.is_real.any()) and not settings.inference_head
     class_table = None if table is None else tensor(table, device, dtype)
     if class_table is not None:
         model.class_table = class_table

@@ -154,8 +154,30 @@ def to_images(values: npt.NDArray[Any], expected: ImageFormat) -> npt.NDArray[An
     return fitting.astype(np.uint8 if whole else np.float32)
 
 
-def as_cells(images: npt.NDArray[Any]) -> npt.NDArray[np.object_]:
-    """Images (N, …) as N cells of a table."""
+def fill_pixels(cells: pd.Series, made: pd.Series, name: object) -> pd.Series:
+    """Images with their missing pixels taken from those of ``made``, the others as they are to the last digit.
+
+    Black-and-white images that miss pixels come back as ``made`` are: fractions, if that is what they hold.
+    """
+    filled = [
+        new if absent else _filled(_array(cell, name, row), new)
+        for row, (cell, absent, new) in enumerate(zip(cells, cells.isna(), made, strict=True))
+    ]
+    return pd.Series(as_cells(filled), index=cells.index)
+
+
+def _filled(image: npt.NDArray[Any], made: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    plain = np.asarray(image)
+    hidden = np.ma.getmaskarray(image) if isinstance(image, np.ma.MaskedArray) else np.zeros(plain.shape, np.bool_)
+    if plain.dtype.kind == "f":
+        hidden = hidden | np.isnan(plain)
+    dtype = made.dtype if plain.dtype == np.bool_ else plain.dtype
+    filled: npt.NDArray[Any] = np.where(hidden, made, plain).astype(dtype)
+    return filled
+
+
+def as_cells(images: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> npt.NDArray[np.object_]:
+    """N images as N cells of a table."""
     cells = np.empty(len(images), dtype=object)
     for row, image in enumerate(images):
         cells[row] = image
@@ -193,8 +215,11 @@ def _of_pil(picture: Any) -> npt.NDArray[Any]:
     """Palettes become RGB, transparency is dropped; other modes say what they are."""
     if picture.mode in ("P", "RGBA", "CMYK"):
         picture = picture.convert("RGB")
-    elif picture.mode in ("LA", "I;16"):
+    elif picture.mode == "LA":
         picture = picture.convert("L")
+    elif picture.mode.startswith("I;16"):
+        sixteen: npt.NDArray[Any] = np.asarray(picture)
+        return (sixteen >> 8).astype(np.uint8)
     if picture.mode not in _MODES:
         raise ValueError(f"a picture of mode {picture.mode!r}; convert it to L (grey) or RGB")
     return np.asarray(picture)

@@ -165,13 +165,13 @@ class ScoringEngine:
         return logits
 
     def elbo_parts(self, encoded: Encoded) -> FloatArray:
-        """What the negative ELBO is made of, kept apart, under the first member of each class: (N, 5).
+        """What the negative ELBO is made of, kept apart, under the first member of each class: (N, 4).
 
-        Reconstruction (nats), KL (nats), squared norm of the posterior mean, sum of the posterior's
-        log-variances, and the spread (standard deviation) of the reconstruction's nats over the cells: few
-        cells of many nats are not the same as many of few.
+        Reconstruction (nats), KL (nats), squared norm of the posterior mean, and the spread (standard
+        deviation) of the reconstruction's nats over the cells: few cells of many nats are not the same as
+        many of few.
         """
-        parts = np.zeros((len(encoded), 5))
+        parts = np.zeros((len(encoded), 4))
         with torch.inference_mode():
             for chunk in self._chunks(encoded):
                 first = replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
@@ -181,7 +181,6 @@ class ScoringEngine:
                     -terms.log_prob.sum(-1, dtype=wide).mean(1),
                     terms.kl.sum(-1, dtype=wide),
                     terms.posterior.mean.square().sum(-1),
-                    terms.posterior.log_variance.sum(-1),
                     _spread(terms.log_prob.mean(1, dtype=wide), chunk.batch),
                 )
                 parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -162,6 +163,8 @@ class _Loop:
         first = self.resume()
         if first == 0:
             self.evaluate(0, math.nan)
+        if self.is_stale():
+            return "early stopping"
         for step in range(first, self.settings.max_steps):
             total += self.step(step)
             if (step + 1) % interval and step + 1 < self.settings.max_steps:
@@ -171,9 +174,13 @@ class _Loop:
             self.note(step + 1)
             if on_epoch is not None and on_epoch(self.epochs[-1]):
                 return "callback"
-            if self.settings.objective.keeps_best and int(self.stale.min()) >= self.settings.patience:
+            if self.is_stale():
                 return "early stopping"
         return "max_steps"
+
+    def is_stale(self) -> bool:
+        """Whether no member has improved for as long as patience lasts."""
+        return self.settings.objective.keeps_best and int(self.stale.min()) >= self.settings.patience
 
     def step(self, step: int) -> float:
         """One optimiser step of every member; returns the mean loss in nats per row."""
@@ -313,8 +320,8 @@ class _Loop:
             for i, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"parameter.{i}"])
                 self.best[i].copy_(tensors[f"best.{i}"])
-            for i, own in enumerate(self.settings.objective.own_parameters()):
-                own.copy_(tensors[f"objective.{i}"])
+        own = {name.removeprefix("objective."): t for name, t in tensors.items() if name.startswith("objective.")}
+        self.settings.objective.restore(own)
         state = self.optimizer.state_dict()
         state["state"] = {
             i: {key: tensors[f"optimizer.{i}.{key}"].cpu() if key == "step" else tensors[f"optimizer.{i}.{key}"]
@@ -338,7 +345,7 @@ class _Loop:
         tensors = {
             **checkpoints.named("parameter", self.parameters),
             **checkpoints.named("best", self.best),
-            **checkpoints.named("objective", self.settings.objective.own_parameters()),
+            **{f"objective.{name}": value for name, value in self.settings.objective.state().items()},
             **{f"optimizer.{i}.{key}": own[key] for i, own in state.items() for key in OPTIMIZER_STATE},
             "best_loss": self.best_loss,
             "stale": self.stale,
@@ -350,8 +357,13 @@ class _Loop:
     def fingerprint(self) -> str:
         """What has to agree for a checkpoint to be of this training."""
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in NOT_COMPARED}
-        rows = [list(self.rows.values.shape), float(self.rows.values[:1000].double().sum())]
-        return json.dumps([asdict(self.model.architecture), settings, rows, type(self.settings.objective).__name__])
+        digest = hashlib.sha256()
+        rows, tables = self.rows, (self.table, self.counts, self.validation_table, self.validation_counts)
+        for part in (rows.values, rows.observed, rows.condition, rows.class_index, *tables):
+            if part is not None:
+                digest.update(part.cpu().contiguous().numpy().tobytes())
+        described = [asdict(self.model.architecture), settings, self.settings.objective.describe()]
+        return json.dumps([*described, digest.hexdigest()])
 
     def raise_diverged(self, step: int, batch: Batch, found: Loss, loss: Tensor) -> None:
         member = int((~torch.isfinite(loss)).nonzero()[0])

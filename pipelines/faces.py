@@ -131,16 +131,23 @@ def inferred(vae: CVAEDetector, chosen: Faces) -> Any:
 
 
 def reconstructions(models: dict[str, CVAEDetector], chosen: Faces) -> Any:
-    """Held-out faces, and what each model makes of them."""
+    """Held-out faces, and what each model makes of them; the VAE with the attributes it inferred, too."""
     rows = [model.reconstruct(chosen.images, condition=chosen.attributes) for model in models.values()]
-    return plots.image_grid(np.stack([chosen.images, *rows]), ["unseen", *models])
+    vae = models["VAE"]
+    own = vae.condition_proba(chosen.images, method="head") > 0.5
+    rows.append(vae.reconstruct(chosen.images, condition=own[list(ATTRIBUTES)]))
+    return plots.image_grid(np.stack([chosen.images, *rows]), ["unseen", *models, "VAE, attributes\ninferred"])
 
 
 def edits(model: CVAEDetector, chosen: Faces, *, keep_detail: bool) -> Any:
-    """One row per attribute: the faces with it turned to its opposite; above, the faces themselves."""
+    """One row per attribute: the faces with it added (+) or taken away (\u2212); above, the faces themselves."""
     rows = [turned(model, chosen, name, keep_detail=keep_detail) for name in ATTRIBUTES]
-    labels = ["unseen", *(f"{words(name)}:\nthe opposite" for name in ATTRIBUTES)]
-    return plots.image_grid(np.stack([chosen.images, *rows]), labels)
+    drawn = plots.image_grid(np.stack([chosen.images, *rows]), ["unseen", *(words(name) for name in ATTRIBUTES)])
+    signs = np.where(chosen.attributes.to_numpy().T, "\u2212", "+").ravel()
+    box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    for axis, sign in zip(drawn.axes[len(chosen.images) :], signs, strict=True):
+        axis.text(0.12, 0.12, sign, transform=axis.transAxes, fontsize=7, ha="center", va="center", bbox=box)
+    return drawn
 
 
 def turned(model: CVAEDetector, chosen: Faces, attribute: str, *, keep_detail: bool) -> Images:
@@ -208,9 +215,8 @@ def sharpness(images: Images) -> float:
 def measured_referee(study: Study, train: Faces, unseen: Faces) -> Referee:
     """An independent classifier of the attributes, and how good it is itself."""
     file = study.output / f"referee_{train.images.shape[1]}px_{len(train.images)}.safetensors"
-    judge = referee(
-        file, train.images, train.attributes.to_numpy(), epochs=REFEREE_EPOCHS[study.preset], flip=True
-    )  # fmt: skip
+    targets = train.attributes.to_numpy(copy=True)
+    judge = referee(file, train.images, targets, epochs=REFEREE_EPOCHS[study.preset], flip=True)
     logits, true = judge.logits(unseen.images), unseen.attributes.to_numpy()
     areas = {name: metrics.roc_auc(true[:, i], logits[:, i]) for i, name in enumerate(ATTRIBUTES)}
     study.figure("referee's own mean AUROC", float(np.mean([*areas.values()])), "", "none set", _listed(areas))

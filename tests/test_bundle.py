@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
@@ -263,6 +264,48 @@ def test_a_newer_format_is_refused_with_both_versions_and_the_remedy(copied: Pat
         load(copied)
     for part in (f"format {bundle.FORMAT_VERSION + 1}", "9.8.7", f"up to {bundle.FORMAT_VERSION}", "upgrade"):
         assert part in str(caught.value)
+
+
+SINCE_FORMAT_3 = {
+    "architecture": ("channels", "observed_condition", "n_classes", "n_attributes", "pseudo_inputs", "n_groups"),
+    "parameters": ("channels", "condition_on_observed", "inference_head", "free_bits", "mask_shapes", "checkpoint"),
+}
+
+
+def as_format_2(folder: Path) -> Path:
+    """A bundle as the version before images wrote it: other names of weights, and nothing that came since."""
+    weights = load_file(folder / "weights.safetensors")
+    save_file({name.replace(".mlp.", "."): value for name, value in weights.items()}, folder / "weights.safetensors")
+    model, parameters = (json.loads((folder / f"{name}.json").read_text()) for name in ("model", "detector"))
+    for name in SINCE_FORMAT_3["architecture"]:
+        del model["architecture"][name]
+    for column in model["encoder"]["schema"]["columns"]:
+        del column["image"]
+    for column in model["encoder"]["columns"]:
+        del column["shape"]
+    for name in SINCE_FORMAT_3["parameters"]:
+        del parameters["parameters"][name]
+    (folder / "model.json").write_text(json.dumps(model))
+    (folder / "detector.json").write_text(json.dumps(parameters))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2, "files": files}))
+    return folder
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_bundle_of_the_format_before_images_is_read(
+    name: str, saved: dict[str, tuple[CVAEDetector, Path]], data: pd.DataFrame, tmp_path: Path
+) -> None:
+    det, folder = saved[name]
+    old = as_format_2(Path(shutil.copytree(folder, tmp_path / "old")))
+    assert not [weight for weight in load_file(old / "weights.safetensors") if ".mlp." in weight]
+    loaded = load(old)
+    for method in SCORES:
+        np.testing.assert_array_equal(getattr(loaded, method)(data), getattr(det, method)(data))
+    pd.testing.assert_frame_equal(loaded.explain(data), det.explain(data))
+    load(loaded.save(tmp_path / "new"))
+    assert json.loads((tmp_path / "new" / "manifest.json").read_text())["format_version"] == bundle.FORMAT_VERSION
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,7 @@ def assert_same(found: CVAEDetector, expected: CVAEDetector, X: Any, condition: 
         found.negative_elbo(X, condition=condition), expected.negative_elbo(X, condition=condition)
     )
     pd.testing.assert_frame_equal(found.history_.drop(columns="seconds"), expected.history_.drop(columns="seconds"))
-    pd.testing.assert_frame_equal(
-        found.thresholds_.drop(columns="set_at"), expected.thresholds_.drop(columns="set_at")
-    )
+    pd.testing.assert_frame_equal(found.thresholds_.drop(columns="set_at"), expected.thresholds_.drop(columns="set_at"))
 
 
 TABLE_CHANGES = [{}, {"objective": "iwae", "train_samples": 2}, {"prior": "vamp"}, {"inference_head": True}]
@@ -97,9 +95,7 @@ def test_an_interrupted_fit_ends_exactly_where_the_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("objective", ["elbo", "vae_gan"])
-def test_so_does_one_of_images(
-    objective: str, tmp_path: Path, cut_after: Callable[[int | None], list[int]]
-) -> None:
+def test_so_does_one_of_images(objective: str, tmp_path: Path, cut_after: Callable[[int | None], list[int]]) -> None:
     settings = {**IMAGES, "objective": objective, "mask_rate": 0.5 if objective == "elbo" else 0.0}
     expected = fit(images(), **settings)
     cut_after(3)

@@ -151,7 +151,7 @@ def test_a_saved_detector_of_images_is_the_same_after_loading(fitted: CVAEDetect
     pd.testing.assert_frame_equal(
         loaded.condition_proba(NEW, method="head"), fitted.condition_proba(NEW, method="head")
     )
-    with pytest.raises(DataError, match="9 x 8 grey .* 8 x 8 grey"):
+    with pytest.raises(DataError, match=r"9 x 8 grey .* 8 x 8 grey"):
         loaded.negative_elbo(np.zeros((2, 9, 8), np.uint8), condition=[0, 1])
 
 
@@ -568,7 +568,7 @@ def test_attributes_are_inferred_by_the_head(attributes: CVAEDetector) -> None:
 
 
 def test_methods_that_are_not_there_are_refused(plain: CVAEDetector, attributes: CVAEDetector) -> None:
-    with pytest.raises(ParameterError, match="no inference head .* inference_head=True"):
+    with pytest.raises(ParameterError, match=r"no inference head .* inference_head=True"):
         plain.condition_proba(NEW, method="head")
     with pytest.raises(ParameterError, match="method must be one of 'elbo', 'iwae', 'head', not 'svm'"):
         plain.condition_proba(NEW, method="svm")

@@ -129,6 +129,13 @@ def test_grey_with_transparency_stays_grey() -> None:
     assert decode_picture(picture(noise(6, 4), mode="LA")).shape == (6, 4)
 
 
+def test_sixteen_bits_of_grey_become_eight_and_not_white() -> None:
+    ramp = np.linspace(0, 65535, 24).reshape(6, 4).astype(np.uint16)
+    read = decode_picture(picture(ramp))
+    assert read.dtype == np.uint8
+    assert np.abs(read.astype(int) - ramp / 257).max() <= 1
+
+
 def test_pictures_of_pillow_and_cells_of_stored_data_sets_are_read() -> None:
     grey = noise(6, 4)
     cells = column(Image.fromarray(grey), {"bytes": picture(grey), "path": "a.png"}, bytearray(picture(grey)), grey)

@@ -48,9 +48,9 @@ def figures(folder: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("more", [(), ("--convolutions",)], ids=["pixels", "convolutions"])
-def test_one_class_images(sources, tmp_path, more):
-    said = study("one_class_images.py", tmp_path, "--source", sources[0], "--steps", 100, *more)
+@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
+def test_one_class_images(sources, tmp_path, data):
+    said = study("one_class_images.py", tmp_path, "--source", sources[0], "--steps", 100, "--data", data)
     found = figures(tmp_path)
     assert found["mean AUROC, one class against the rest"] > 85.0
     assert found["mean AUROC, 5 nearest neighbours"] > 95.0

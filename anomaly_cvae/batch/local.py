@@ -18,7 +18,7 @@ import pandas as pd
 
 from anomaly_cvae.batch.csv_text import CsvFormat
 from anomaly_cvae.batch.manifest import Entry, Manifest, state_of
-from anomaly_cvae.batch.needs import Needs, for_files
+from anomaly_cvae.batch.needs import Needs
 from anomaly_cvae.batch.pictures import OnFault, refuse_picture
 from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class, partial_of, require_own
 from anomaly_cvae.batch.source import Batch, TableFile, find_files
@@ -161,7 +161,7 @@ def score_files(
     OutputError
         If the output cannot be written, or another job writes there; what is finished stays.
     """
-    options, output, detector = options or ScoreOptions(), Path(output), for_files(detector)
+    options, output = options or ScoreOptions(), Path(output)
     if options.contrast:
         require_contrast(detector.schema_)
     files = find_files(inputs, options.csv_format, called=Needs.of(detector).called)

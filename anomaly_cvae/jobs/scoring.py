@@ -45,7 +45,7 @@ def score_tables(
     options = options or ScoreOptions()
     options = replace(options, csv_format=model.csv_format(options.csv_format))
     summary = score_files(
-        model.detector, inputs, output, model_hash=model.sha256, options=options, on_progress=on_progress
+        model.reader, inputs, output, model_hash=model.sha256, options=options, on_progress=on_progress
     )
     if not log:
         return Scored(summary)

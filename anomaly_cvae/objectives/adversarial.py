@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from anomaly_cvae.rows import Batch
 FOOLING_WEIGHT = 10.0
 """Of fooling the discriminator, for the decoder, against a nat of distance in its features: 1 / gamma of equation 9.
 
-At ten times this the decoder fools with faces that are not those it was shown, and the KL dwindles."""
+At ten times this, with a discriminator of rate 0.5, the KL dwindled: reconstructions were no longer of their images."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
 equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""
@@ -28,6 +29,7 @@ DISCRIMINATOR_RATE = 0.2
 LEAST_VARIANCE = 1e-6
 """Of a feature; one that is the same in every image says nothing."""
 BETAS = (0.5, 0.9)
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,23 @@ class Adversarial(Objective):
         self.optimizer: torch.optim.Optimizer | None = None
         self._pending: Tensor | None = None
 
-    def own_parameters(self) -> list[Tensor]:
-        """Those of the discriminator."""
-        return [] if self.discriminator is None else list(self.discriminator.parameters())
+    def state(self) -> dict[str, Tensor]:
+        """The discriminator, and where its optimiser stands with each parameter."""
+        assert self.discriminator is not None
+        assert self.optimizer is not None
+        tensors = dict(self.discriminator.state_dict())
+        for name, parameter in self.discriminator.named_parameters():
+            tensors |= {f"{name}@{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The same again."""
+        assert self.discriminator is not None
+        assert self.optimizer is not None
+        for name, parameter in self.discriminator.named_parameters():
+            parameter.data.copy_(state[name])
+            for key, value in self.optimizer.state[parameter].items():
+                value.copy_(state[f"{name}@{key}"])
 
     def start(self, model: CVAE, draws: Draws, learning_rate: float) -> None:
         """Make the discriminator and its optimiser.
@@ -70,6 +86,10 @@ class Adversarial(Objective):
         """
         if not model.shapes or model.has_table:
             raise ParameterError("objective='vae_gan' is for images alone: x must be one or more image columns")
+        if model.pseudo_inputs is not None:
+            raise ParameterError(
+                "objective='vae_gan' imagines from N(0, I) or p(z | c): prior='vamp' does not go with it"
+            )
         if model.seen_encoder is not None:
             raise ParameterError("objective='vae_gan' judges whole images: fit with condition_on_observed=False")
         a = model.architecture
@@ -81,6 +101,10 @@ class Adversarial(Objective):
         self.optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=DISCRIMINATOR_RATE * learning_rate, betas=BETAS
         )
+        for parameter in self.discriminator.parameters():
+            # As Adam makes it at its first step, which is too late for a checkpoint to be read into it.
+            fresh = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
+            self.optimizer.state[parameter] = dict(zip(OPTIMIZER_STATE, fresh, strict=True))
 
     def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """What encoder and decoder lower; the discriminator's own loss waits for `after`."""
@@ -125,7 +149,7 @@ class Adversarial(Objective):
         logits = self._judge(model, made, batch).logits
         self.discriminator.requires_grad_(True)
         distances = [feature_distance(own, seen.detach()) for own, seen in zip(features, real.features, strict=True)]
-        return torch.stack(distances).sum(0), softplus(-logits).unflatten(1, (-1, means.shape[1])).sum(1)
+        return torch.stack(distances).sum(0), softplus(-logits).reshape(*means.shape[:1], -1, means.shape[1]).sum(1)
 
     def _judge(self, model: CVAE, values: Tensor, batch: Batch) -> Judgement:
         """Features of the middle scale, and logits, of images (M, R, D), R a multiple of the batch's rows."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +61,17 @@ class Objective:
         """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z), never tempered."""
         return -elbo(model.terms(batch, noise))
 
-    def own_parameters(self) -> list[Tensor]:
-        """Parameters of networks of its own, which a checkpoint has to hold."""
-        return []
+    def describe(self) -> dict[str, Any]:
+        """What it is and how it is set, for telling one training from another."""
+        plain = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, str))}
+        return {"kind": type(self).__name__, **plain}
+
+    def state(self) -> dict[str, Tensor]:
+        """What networks and optimisers of its own a checkpoint has to hold."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a `state` again."""
 
     def start(self, model: CVAE, draws: Draws, learning_rate: float) -> None:
         """Called once before the first step: the place to make networks of its own."""
@@ -83,6 +93,15 @@ class BoundObjective(Objective):
         if model.inference_head is not None:
             rows = rows + inference_loss(model, batch)
         return Loss(rows, terms.log_prob)
+
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor) -> Tensor:
+        """The negative ELBO, and the inference head's loss if there is one."""
+        rows = super().held_out(model, batch, noise)
+        return rows if model.inference_head is None else rows + inference_loss(model, batch)
+
+    def describe(self) -> dict[str, Any]:
+        """With the name of the bound."""
+        return {**super().describe(), "bound": getattr(self.bound, "__name__", str(self.bound))}
 
 
 def inference_loss(model: CVAE, batch: Batch) -> Tensor:
