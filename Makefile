@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-jobs bench-tables drill-kill clean
+.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-jobs bench-tables bench-images gallery drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,6 +64,13 @@ bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/b
 
 bench-tables: $(VENV)/.installed  ## Measure detection on conditional tables in DATA=FOLDER; writes docs/benchmarks/tables.md (about 40 minutes)
 	$(BIN)/python pipelines/benchmarks/tables.py $(DATA)
+
+PRESET ?= fast
+bench-images: $(VENV)/.installed  ## Run the studies on images in DATA=FOLDER, PRESET=fast (an hour) or best; writes docs/benchmarks/images.md
+	$(BIN)/python pipelines/benchmarks/images.py $(DATA) --preset $(PRESET)
+
+gallery: $(VENV)/.installed  ## Make docs/gallery.md of what bench-images left in outputs/
+	$(BIN)/python pipelines/gallery.py
 
 drill-kill: $(VENV)/.installed  ## Kill scoring jobs, resume them and compare the output, 30 times (about 7 minutes)
 	$(BIN)/python pipelines/drill_kill.py

@@ -185,6 +185,12 @@ class Encoder:
         return np.repeat(np.array(real, dtype=np.bool_), self.widths)
 
     @property
+    def is_number(self) -> BoolArray:
+        """Which cells are standardised numbers, (D,): reals of tables, and pixels."""
+        numbers = [not c.n_levels and c.likelihood not in LIKELIHOODS_OF_KIND["count"] for c in self.columns]
+        return np.repeat(np.array(numbers, dtype=np.bool_), self.widths)
+
+    @property
     def widths(self) -> IntArray:
         """Cells of every grouped column."""
         return np.array([column.width for column in self.columns], dtype=np.int64)

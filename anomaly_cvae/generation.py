@@ -107,7 +107,9 @@ def change_condition(model: FittedModel, encoded: Encoded, wanted: Encoded, *, k
     changed = decode(model, z, wanted)
     if not keep_detail:
         return changed
-    return changed + np.where(encoded.observed, encoded.values - decode(model, z, encoded), 0.0)
+    # Only numbers have details to add; a level is another one or the same.
+    numbers = encoded.observed & model.encoder.is_number
+    return changed + np.where(numbers, encoded.values - decode(model, z, encoded), 0.0)
 
 
 def decode(model: FittedModel, z: FloatArray, under: Encoded) -> FloatArray:

@@ -189,6 +189,25 @@ def is_image_batch(data: object) -> bool:
     return isinstance(data, np.ndarray) and data.ndim in (3, 4) and data.dtype.kind in "buif"
 
 
+def encode_picture(image: npt.NDArray[Any]) -> bytes:
+    """An image of bytes, (H, W), (H, W, 1 or 3) or channels first, as a PNG.
+
+    Raises
+    ------
+    MissingDependencyError
+        Without Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("pictures as bytes need Pillow: pip install pillow") from error
+    layout = _shape_and_layout(image.shape)[1]
+    plain = image.transpose(1, 2, 0) if layout == "CHW" else image
+    written = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(plain.squeeze())).save(written, format="PNG")
+    return written.getvalue()
+
+
 def decode_picture(content: bytes) -> npt.NDArray[Any]:
     """A JPEG or PNG as an array: (H, W) when grey or black and white, (H, W, 3) in colour.
 
@@ -200,15 +219,17 @@ def decode_picture(content: bytes) -> npt.NDArray[Any]:
         Without Pillow.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingDependencyError("pictures as bytes need Pillow: pip install pillow") from error
     try:
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
             return _of_pil(picture)
+    except UnidentifiedImageError as error:
+        raise ValueError("neither a JPEG nor a PNG, or its beginning is damaged") from error
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"no readable picture: {error}") from error
+        raise ValueError(f"a damaged picture: {error}") from error
 
 
 def _of_pil(picture: Any) -> npt.NDArray[Any]:

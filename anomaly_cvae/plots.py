@@ -149,9 +149,14 @@ def training_curves(history: pd.DataFrame) -> Figure:
 
 
 def surprising_images(
-    images: FloatArray, nats: FloatArray, expected: FloatArray, titles: Sequence[str], columns: int = 6
+    images: FloatArray,
+    nats: FloatArray,
+    expected: FloatArray,
+    titles: Sequence[str],
+    columns: int = 6,
+    labels: tuple[str, str, str] = ("the row", "nats above the\nrow's mean", "expected for the\nclaimed class"),
 ) -> Figure:
-    """Image, nats per pixel, and what was expected instead, for N images (N, height, width).
+    """Image, nats per pixel, and what was expected instead, for N images (N, height, width); ``labels`` name the three.
 
     Each image has its own scale of red: it shows where the nats are, the title how many.
     """
@@ -170,9 +175,7 @@ def surprising_images(
             axes[1, place].imshow(images[i], cmap="gray_r", vmin=0, vmax=brightest * 2.5)
             axes[1, place].imshow(nats[i], cmap="Reds", vmin=0, vmax=max(float(nats[i].max()), 1e-9), alpha=0.75)
             axes[2, place].imshow(np.clip(expected[i], 0, brightest), cmap="gray_r", vmin=0, vmax=brightest)
-        for axis, text in zip(
-            axes[:, 0], ("the row", "nats above the\nrow's mean", "expected for the\nclaimed class"), strict=True
-        ):
+        for axis, text in zip(axes[:, 0], labels, strict=True):
             axis.text(-0.12, 0.5, text, transform=axis.transAxes, rotation=90, ha="right", va="center", fontsize=8.5)
     return drawn
 

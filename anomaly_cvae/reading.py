@@ -113,7 +113,7 @@ class TableReader:
     def _conditions_to_sample(self, n: int, condition: Any, seed: int) -> pd.DataFrame:
         names = [c.name for c in self.schema_.conditions]
         if condition is None:
-            if self.schema_.continuous_conditions:
+            if self.schema_.continuous_conditions or self.schema_.attributes:
                 raise ConditionError(f"sample needs condition=: values of {names}")
             rng = np.random.default_rng(seed)
             drawn = rng.choice(self.model_.n_classes, size=n, p=self.model_.class_frequency)

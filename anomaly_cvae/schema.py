@@ -163,6 +163,12 @@ class Schema:
         )
 
 
+def image_of(column: Column) -> ImageFormat:
+    """The format of a column of images."""
+    assert column.image is not None
+    return column.image
+
+
 def infer_column(cells: pd.Series, name: Name, asked: str | None = None) -> Column:
     """Say what one column of x is, from its cells, unless ``asked`` says so already.
 

@@ -209,7 +209,7 @@ class _Loop:
 
     def augment(self, batch: Batch) -> Batch:
         """Add training noise, and hide a random part of some rows."""
-        if self.settings.input_noise > 0.0:
+        if self.settings.input_noise > 0.0 and self.settings.objective.takes_noise:
             batch = self.model.jitter(batch, self.settings.input_noise, self.generator)
         members, n_rows, n_cells = batch.values.shape
         lead, shapes, form = (members, n_rows), self.model.shapes, self.settings.mask_shapes

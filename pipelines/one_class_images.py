@@ -170,7 +170,8 @@ def mistaken(judge: Judge, data: LabelledImages, level: Any, score: FloatArray) 
     errors, expected = judge.errors(images, np.full(len(chosen), level))
     titles = [f"a {true}, score {own:.1f}" for true, own in zip(data.y_test[chosen], score[chosen], strict=True)]
     excess = np.maximum(errors - errors.mean(axis=(1, 2), keepdims=True), 0.0)
-    return plots.surprising_images(images / 255.0, excess, expected, titles, SHOWN)
+    labels = ("the image", "squared error", "reconstruction")
+    return plots.surprising_images(images / 255.0, excess, expected, titles, SHOWN, labels)
 
 
 def damaged(study: Study, judge: Judge, data: LabelledImages) -> None:

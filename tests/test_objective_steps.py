@@ -191,11 +191,15 @@ def test_the_hybrid_needs_an_observed_part() -> None:
 def test_the_discriminator_learns_from_steps_of_its_own() -> None:
     model, own = bank(), Adversarial()
     own.start(model, draws(), 1e-2)
-    before = [p.detach().clone() for p in own.own_parameters()]
+    before = [p.detach().clone() for p in networks_of(own)]
     own.loss(model, batch_of(model), draws(), 1.0).rows.mean().backward()
-    assert all(torch.equal(a, b) for a, b in zip(before, own.own_parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, networks_of(own), strict=True))
     own.after(1e-2)
-    assert all((a != b).any() for a, b in zip(before, own.own_parameters(), strict=True) if a.numel() > 1)
+    assert all((a != b).any() for a, b in zip(before, networks_of(own), strict=True) if a.numel() > 1)
+
+
+def networks_of(own: Adversarial) -> list[torch.Tensor]:
+    return list(own.discriminator.parameters())
 
 
 def test_the_discriminator_becomes_harder_to_fool() -> None:
@@ -217,7 +221,7 @@ def test_the_model_is_not_trained_by_the_discriminators_step_nor_the_discriminat
     weights = [p.detach().clone() for p in model.parameters()]
     own.after(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-    assert not [p for p in own.own_parameters() if any(p is mine for mine in model.parameters())]
+    assert not [p for p in networks_of(own) if any(p is mine for mine in model.parameters())]
 
 
 def test_the_last_weights_are_kept_although_the_held_out_loss_was_lower_before() -> None:

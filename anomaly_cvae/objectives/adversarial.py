@@ -51,6 +51,7 @@ class Adversarial(Objective):
     """
 
     keeps_best = False
+    takes_noise = False
 
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0) -> None:
         self.free_bits = free_bits

@@ -49,9 +49,11 @@ class Objective:
     """One way to learn from a batch. The loop knows these methods and nothing else of it.
 
     ``keeps_best`` says that weights are chosen by the held-out loss; else the last ones are kept.
+    ``takes_noise`` says that training noise on the cells does no harm: a discriminator would see who has it.
     """
 
     keeps_best: bool = True
+    takes_noise: bool = True
 
     def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """The loss whose gradient the loop follows."""

@@ -18,6 +18,8 @@ import pandas as pd
 
 from anomaly_cvae import explain, metrics, plots
 from anomaly_cvae.detector import CVAEDetector
+from anomaly_cvae.images import encode_picture
+from anomaly_cvae.schema import image_of
 from anomaly_cvae.tracking.store import metric_name, mlflow
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 MODEL_CODE = Path(__file__).with_name("model_code.py")
 MAX_CLASSES_IN_SUMMARY = 30
 MAX_CURVE_POINTS = 2_000
-REQUIREMENTS = ("torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
+REQUIREMENTS = ("torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors", "pillow")
 
 
 @dataclass(frozen=True)
@@ -321,10 +323,12 @@ def signature(detector: CVAEDetector) -> Any:
     if not (layout.is_frame and all(isinstance(name, str) for name in layout.columns)):
         return None  # MLflow goes by names that are text; the detector checks what comes
     names = [str(name) for name in layout.columns if name not in layout.ignored]
+    # A request carries a picture as the bytes of a PNG or JPEG, which other pixels do not fit.
+    images = {str(c.name) for c in detector.schema_.images if image_of(c).pixels == "uint8"}
     types = {"condition": "string", "is_anomaly": "boolean"}
     outputs = ("condition", "negative_elbo", "score", "threshold", "p_value", "is_anomaly")
     return client.models.ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), name) for name in names]),
+        inputs=Schema([ColSpec("binary" if name in images else AnyType(), name) for name in names]),
         outputs=Schema([ColSpec(types.get(name, "double"), name) for name in outputs]),
         params=ParamSchema(
             [
@@ -341,10 +345,13 @@ def signature(detector: CVAEDetector) -> Any:
 
 def example_rows(detector: CVAEDetector, n: int = 3) -> pd.DataFrame:
     """Rows like those the model takes, drawn from the model itself: no row of the data becomes an example."""
-    if detector.schema_.continuous_conditions:
+    schema = detector.schema_
+    if schema.continuous_conditions or schema.attributes:
         return pd.DataFrame()
     rows = detector.sample(n, random_state=0)
-    return rows if isinstance(rows, pd.DataFrame) else pd.DataFrame()
+    if not isinstance(rows, pd.DataFrame) or any(image_of(c).pixels != "uint8" for c in schema.images):
+        return pd.DataFrame()
+    return rows.assign(**{str(c.name): [encode_picture(cell) for cell in rows[c.name]] for c in schema.images})
 
 
 def _log_model(detector: CVAEDetector, saved: Path | None, register_as: str | None) -> LoggedModel:
