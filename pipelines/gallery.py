@@ -1,7 +1,7 @@
 """The gallery: small copies of the studies' pictures, and the page around them.
 
-`make gallery` takes what `make bench-images` left in outputs/, the best preset where there is one. Digits only: pictures
-of faces stay where they were made.
+`make gallery` takes what `make bench-images` left in outputs/, the best preset where there is one. Digits only:
+pictures of faces stay where they were made.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def shrink(source: Path, target: Path) -> None:
 
 HEAD = """# Gallery
 
-Made by `make bench-images DATA=FOLDER` and `make gallery`; each study is one command ([images](images.md)), its numbers are in the
-[figures](benchmarks/images.md). MNIST: Y. LeCun, C. Cortes, C. J. C. Burges; Fashion-MNIST: Zalando Research (MIT).
+Made by `make bench-images DATA=FOLDER` and `make gallery`; each study is one command ([images](images.md)), its
+numbers are in the [figures](benchmarks/images.md). MNIST: Y. LeCun, C. Cortes, C. J. C. Burges; Fashion-MNIST: Zalando
+Research (MIT).
 Faces can be made on one's own machine (`pipelines/faces.py`) and are not shown.
 """
 

@@ -17,10 +17,11 @@ from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch
 
-FOOLING_WEIGHT = 10.0
-"""Of fooling the discriminator, for the decoder, against a nat of distance in its features: 1 / gamma of equation 9.
+FOOLING_WEIGHT = 0.005
+"""Of fooling the discriminator, for the decoder, per feature in which images are compared: 1 / gamma of equation 9.
 
-At ten times this, with a discriminator of rate 0.5, the KL dwindled: reconstructions were no longer of their images."""
+The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5, the
+KL dwindled: reconstructions were no longer of their images."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
 equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""
@@ -121,7 +122,8 @@ class Adversarial(Objective):
         distance, fooled = self._for_the_model(model, means, made, real, batch)
         log_prob = model.log_prob(model.with_means_held(parameters[:, :1]), batch)
         terms = with_free_bits(Terms(log_prob, prior.kl(posterior), z, posterior, prior), self.free_bits)
-        nats = kl_weight * terms.kl.sum(-1) + distance + FOOLING_WEIGHT * fooled + _lightly(-log_prob.sum(-1).mean(1))
+        weight = FOOLING_WEIGHT * sum(maps[0, 0].numel() for maps in real.features)
+        nats = kl_weight * terms.kl.sum(-1) + distance + weight * fooled + _lightly(-log_prob.sum(-1).mean(1))
         if model.inference_head is not None:
             nats = nats + inference_loss(model, batch)
         fake = self._judge(model, made.detach(), batch)

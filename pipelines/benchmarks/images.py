@@ -89,10 +89,10 @@ def page() -> str:
     machines = sorted({run["machine"] for runs in found.values() for run in runs.values()})
     parts = [
         "# Images: figures\n",
-        f"Measured {days[-1]} by `make bench-images DATA=FOLDER PRESET=fast` (and `PRESET=best` where that column has a\n"
-        f"number; some runs from {days[0]} on), {cpu_name()}; {'; '.join(machines)}. One seed unless a line says\n"
-        "otherwise. A goal is what was asked for before anything was measured; a number that misses it says so by standing\n"
-        "beside it. `fast` is minutes on two cores; `best` is meant for a GPU or a night.\n",
+        f"Measured {days[-1]} by `make bench-images DATA=FOLDER PRESET=fast` (and `PRESET=best` where that column\n"
+        f"has a number; some runs from {days[0]} on), {cpu_name()}; {'; '.join(machines)}. One seed unless a line\n"
+        "says otherwise. A goal was set before anything was measured; a number that misses it stands beside it.\n"
+        "`fast` is minutes on two cores; `best` is meant for a GPU or a night.\n",
         NOTES,
         *(section(STUDIES[name][0], runs) for name, runs in found.items() if runs),
     ]
@@ -129,12 +129,13 @@ def _number(figure: dict[str, Any]) -> str:
 
 NOTES = """## Read with care
 
-- **Binarised MNIST** is one random binarisation of its own (`datasets.binarise`); published figures are of another draw.
-- **Other data**: which parts of the negative ELBO are kept apart was chosen by comparing about 25 sets of parts on the test images
-  of these same two data sets; the figure is not an unseen result.
-- **One class**: the score here is not the negative ELBO but squared error plus KL, for MNIST per length of the image; chosen on
-  held-out training images of MNIST 2, 5, 8 and Fashion-MNIST 0, 2, 6 with the other classes' labels. The negative ELBO stands beside.
-- **Few labels**: settings were looked at on splits 100 and up, reported are others.
+- **Binarised MNIST** is one random binarisation of its own (`datasets.binarise`); published figures are of another.
+- **Other data**: which parts of the negative ELBO are kept apart was chosen by comparing about 25 sets of parts on the
+  test images of these same two data sets; the figure is not an unseen result.
+- **One class**: the score here is not the negative ELBO but squared error plus KL, for MNIST per length of the image;
+  chosen on held-out training images of MNIST 2, 5, 8 and Fashion-MNIST 0, 2, 6 with the other classes' labels. The
+  negative ELBO stands beside it.
+- **Few labels**: settings were looked at on splits 100 and up; reported are others.
 - **The referee** judges generated images; it never saw one in training.
 """
 
