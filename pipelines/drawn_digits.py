@@ -17,8 +17,11 @@ from anomaly_cvae import CVAEDetector, metrics, plots, presets
 from anomaly_cvae.datasets import LabelledImages
 
 STEPS = {"fast": 2_000, "best": 16_000}
-REFEREE_EPOCHS = {"fast": 2, "best": 12}
+REFEREE_EPOCHS = {"fast": 2, "best": 8}
+WEIGHED = 1_000
+"""Test images whose class is weighed by importance sampling, under every class."""
 STYLES = 12
+HANDS = 5
 JUDGED = 2_000
 """Generated images that the referee judges, over all classes."""
 
@@ -35,8 +38,11 @@ def run(study: Study, data: LabelledImages, ask: int | None = None) -> CVAEDetec
     cvae = study.fitted("cvae", parameters(study), images, digits)
     if ask is not None:
         study.picture(f"written_{ask}", handwritten(cvae, ask, study.random_state))
-    vae = study.fitted("vae", parameters(study), images)
-    plane = study.fitted("plane", parameters(study, latent_dim=2, prior="standard"), images, digits)
+    # These two are for pictures alone: few steps will do.
+    few = min(study.steps or STEPS["fast"], STEPS["fast"])
+    vae = study.fitted("vae", parameters(study, max_steps=few), images)
+    on_plane = parameters(study, max_steps=few, latent_dim=2, prior="standard")
+    plane = study.fitted("plane", on_plane, images, digits)
     names = cvae.schema_.class_names
     study.picture("samples", samples(cvae, names, study.random_state))
     study.picture("styles", styles(cvae, names, study.random_state))
@@ -48,20 +54,19 @@ def run(study: Study, data: LabelledImages, ask: int | None = None) -> CVAEDetec
     claimed, is_wrong = wrong_claims(data.y_test, study.random_state)
     study.picture("wrong_labels", surprising(cvae, data, claimed, is_wrong))
     measure(study, cvae, data)
-    table = cvae.score_table(data.x_test, condition=claimed, contrast=True)
-    flagged = table["is_anomaly"].to_numpy()
-    scores = table["contrast"].to_numpy()
+    table = cvae.set_params(score_kind="contrast").score_table(data.x_test, condition=claimed)
+    scores, flagged = table["score"].to_numpy(), table["is_anomaly"].to_numpy()
     study.finish(cvae, metrics.Evaluation(is_wrong, scores, flagged, claimed.astype(str)))
     return cvae
 
 
 def handwritten(cvae: CVAEDetector, number: int, random_state: int) -> Any:
-    """A number, typed, as handwriting: five hands."""
-    digits = [int(digit) for digit in str(number)]
-    hands = 5
-    asked = np.repeat(digits, hands)
-    drawn = cvae.sample(len(asked), condition=asked, random_state=random_state, noise=False, same_z=True)
-    return plots.image_grid(drawn.reshape(len(digits), hands, *drawn.shape[1:]).swapaxes(0, 1))
+    """A number, typed, as handwriting: a row for each of five hands."""
+    written = [
+        cvae.sample(HANDS, condition=int(digit), random_state=random_state, noise=False, same_z=True)
+        for digit in str(number)
+    ]
+    return plots.image_grid(np.stack(written, axis=1))
 
 
 def samples(cvae: CVAEDetector, names: list[str], random_state: int) -> Any:
@@ -120,7 +125,7 @@ def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
     """The figures: the class from p(c | x), generated digits recognised, wrong labels found."""
     guessed = cvae.condition_proba(data.x_test).to_numpy().argmax(axis=1)
     study.figure("class error from p(c|x), ELBO", 100.0 * float((guessed != data.y_test).mean()), "%", "<= 1.0")
-    n = 1_000 if study.is_fast else len(data.x_test)
+    n = min(WEIGHED, len(data.x_test))
     weighed = cvae.condition_proba(data.x_test[:n], method="iwae", n_samples=10 if study.is_fast else 50)
     wrong = float((weighed.to_numpy().argmax(axis=1) != data.y_test[:n]).mean())
     study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", "<= 1.0", f"{n:,} images")
