@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/command-line.md", "docs/batch-scoring.md", "docs/tracking.md")
+PAGES = ("README.md", "docs/command-line.md", "docs/batch-scoring.md", "docs/tracking.md", "docs/images.md")
 PROGRAM = Path(sys.executable).with_name("anomaly-cvae")
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
