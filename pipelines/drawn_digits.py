@@ -2,6 +2,12 @@
 
 ``python pipelines/digits.py --data mnist --source FILE`` runs this: class-conditional samples, the same style in
 every class, the latent plane, reconstructions, the class inferred from the pixels, and wrong labels found.
+
+The width of a pixel is held at 1.5 standard deviations of all pixels or more. Where the model may learn to be sure of
+every pixel, z keeps the whole image, class and all, and the class is left with nothing to say: at the usual floor of
+0.08, 16,000 steps gave an error of 9 % and a contrast of .978. Widths of 0.5, 1 and 1.5 and 8 to 16 latent units were
+compared by their class error and contrast on the last 2,500 training images of MNIST, models trained on the first
+25,000 (the 9 % were seen on test images).
 """
 
 from __future__ import annotations
@@ -16,8 +22,9 @@ from studies import Study
 from anomaly_cvae import CVAEDetector, metrics, plots, presets
 from anomaly_cvae.datasets import LabelledImages
 
-STEPS = {"fast": 2_000, "best": 16_000}
-REFEREE_EPOCHS = {"fast": 2, "best": 8}
+STEPS = {"fast": 2_000, "best": 4_000}
+STEPS_FOR_PICTURES = 1_000
+REFEREE_EPOCHS = {"fast": 2, "best": 5}
 WEIGHED = 1_000
 """Test images whose class is weighed by importance sampling, under every class."""
 STYLES = 12
@@ -28,18 +35,18 @@ JUDGED = 2_000
 
 def parameters(study: Study, **more: Any) -> dict[str, Any]:
     """What every model of this study has."""
-    own = {"max_steps": study.steps or STEPS[study.preset], "latent_dim": 16, "patience": 40}
+    own = {"max_steps": study.steps or STEPS[study.preset], "latent_dim": 12, "scale_floor": 1.5, "patience": 40}
     return {**presets.IMAGES, **own, **({"channels": (16, 32)} if study.is_fast else {}), **more}
 
 
 def run(study: Study, data: LabelledImages, ask: int | None = None) -> CVAEDetector:
     """Train, draw, measure; returns the conditional model."""
     images, digits = data.x_train[: study.rows], data.y_train[: study.rows]
-    cvae = study.fitted("cvae", parameters(study), images, digits)
+    cvae = study.fitted("cvae", parameters(study, inference_head=True), images, digits)
     if ask is not None:
         study.picture(f"written_{ask}", handwritten(cvae, ask, study.random_state))
     # These two are for pictures alone: few steps will do.
-    few = min(study.steps or STEPS["fast"], STEPS["fast"])
+    few = min(study.steps or STEPS_FOR_PICTURES, STEPS_FOR_PICTURES)
     vae = study.fitted("vae", parameters(study, max_steps=few), images)
     on_plane = parameters(study, max_steps=few, latent_dim=2, prior="standard")
     plane = study.fitted("plane", on_plane, images, digits)
@@ -129,6 +136,10 @@ def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
     weighed = cvae.condition_proba(data.x_test[:n], method="iwae", n_samples=10 if study.is_fast else 50)
     wrong = float((weighed.to_numpy().argmax(axis=1) != data.y_test[:n]).mean())
     study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", "<= 1.0", f"{n:,} images")
+    read = cvae.condition_proba(data.x_test, method="head").to_numpy().argmax(axis=1)
+    study.figure(
+        "class error from the inference head q(c|x)", 100.0 * float((read != data.y_test).mean()), "%", "<= 1.0"
+    )
     judge = referee(
         study.output / "referee.safetensors", data.x_train, data.y_train, epochs=REFEREE_EPOCHS[study.preset]
     )
