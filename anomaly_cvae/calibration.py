@@ -25,6 +25,8 @@ HELD_OUT = "held out"
 MARGINAL = "(marginal)"
 """Name of the group of rows whose class is unknown."""
 MAX_LEVELS = 11
+FEW_LEVELS = (0.0, 0.4, 0.75, 0.95, 1.0)
+"""Shares of missing cells of rows with images, which are dear to score."""
 ROWS_FOR_OWN_SCALE = 30
 TAIL = 0.99
 LEAST_ROWS_TO_BORROW = 5
@@ -38,8 +40,9 @@ MAX_POOLED_ROWS = 2_000
 
 
 def missing_levels(n_columns: int, few: bool = False) -> IntArray:
-    """Numbers of missing cells for which reference scores are kept: every tenth of the columns, or every half."""
-    return np.unique(np.round(np.linspace(0, n_columns, 3 if few else MAX_LEVELS))).astype(np.int64)
+    """Numbers of missing cells for which reference scores are kept: every tenth of the columns, or ``few``."""
+    shares = FEW_LEVELS if few else np.linspace(0, 1, MAX_LEVELS)
+    return np.unique(np.round(n_columns * np.asarray(shares))).astype(np.int64)
 
 
 def hide_cells(observed: BoolArray, n_missing: int, rng: np.random.Generator) -> BoolArray:
@@ -165,7 +168,11 @@ class Reference:
     def level_of(self, observed: BoolArray) -> IntArray:
         """The nearest level for each row of a mask (N, D)."""
         missing = (~observed).sum(axis=1)
-        nearest: IntArray = np.abs(missing[:, None] - self.levels).argmin(axis=1)
+        distance = np.abs(missing[:, None] - self.levels).astype(np.float64)
+        if len(self.levels) > 1:
+            # Rows without any cell all score 0: the scores of such rows say nothing of one that has a few.
+            distance[:, -1] = np.where(observed.any(axis=1), np.inf, distance[:, -1])
+        nearest: IntArray = distance.argmin(axis=1)
         return nearest
 
     def offset(self, groups: IntArray, observed: BoolArray) -> FloatArray:

@@ -13,7 +13,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anomaly_cvae.errors import BundleError
+from anomaly_cvae.errors import BundleError, ParameterError
+
+
+def check_place(path: Path) -> None:
+    """Raise now, not after an hour of training, unless a checkpoint can be written at ``path``.
+
+    Raises
+    ------
+    ParameterError
+        Saying why it cannot.
+    """
+    if path == Path() or path.is_dir():
+        raise ParameterError(f"checkpoint must be a file, and {str(path)!r} is a folder; name a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ParameterError(f"checkpoint {path} cannot be written: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ParameterError(f"checkpoint {path} cannot be written: its folder is read-only")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:

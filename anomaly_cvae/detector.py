@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from anomaly_cvae import bundle, explain
+from anomaly_cvae import bundle, checkpoints, explain
 from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, LIKELIHOODS_OF_PIXELS, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
@@ -26,6 +26,7 @@ from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level
 from anomaly_cvae.generative import Generative
 from anomaly_cvae.inputs import (
     Layout,
+    check_count,
     condition_frame,
     feature_frame,
     resolve_keys,
@@ -224,6 +225,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         features = feature_frame(self, X, reset=True)
         self.layout_, frame = self._read_layout(X, features, condition)
         self.schema_, likelihoods = self._infer_schema(features, frame)
+        if self.checkpoint is not None:
+            checkpoints.check_place(Path(self.checkpoint))
         settings, random_state = self._fit_settings(), check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
             fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter)
@@ -319,6 +322,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             )
         if self.inference_head and not any(c.kind != "continuous" for c in conditions):
             raise ParameterError("inference_head=True infers the condition: it needs a categorical one or attributes")
+        if self.prior == "vamp" and self.condition_on_observed:
+            raise ParameterError("condition_on_observed=True learns p(z | observed): prior='vamp' has no place there")
         if self.prior == "vamp" and any(c.kind != "categorical" for c in conditions):
             raise ParameterError("prior='vamp' has pseudo-inputs per class: conditions must be categorical")
 
@@ -406,7 +411,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         ``given`` says which cells belong to the condition: the score is then that of the others given
         these, 0 if all are given. Booleans like X, or {column: booleans}; needs ``condition_on_observed``.
         """
-        return self.model_.scores(self._encode(X, condition, given), "elbo")
+        encoded = self._encode(X, condition, given)
+        return self.model_.scores(encoded, "elbo")
 
     def negative_log_likelihood(
         self, X: Any, *, condition: Any = None, given: Any = None, n_samples: int = 100
@@ -416,8 +422,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         In expectation it lies between -log p(x | c) and the negative ELBO, nearer to the first with more
         samples (Burda, Grosse and Salakhutdinov 2016). ``given`` as in `negative_elbo`.
         """
-        if n_samples < 1:
-            raise ParameterError(f"n_samples must be a whole number from 1 up, not {n_samples}")
+        check_count(n_samples, "n_samples")
         encoded = self._with_class(self._encode(X, condition, given))
         return self.model_.engine.negative_log_likelihood(encoded, n_samples)
 
@@ -432,7 +437,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         ConditionError
             Without a categorical condition of at least two classes.
         """
-        return self.model_.scores(self._encode(X, condition), "contrast")
+        encoded = self._encode(X, condition)
+        return self.model_.scores(encoded, "contrast")
 
     def decision_function(self, X: Any, *, condition: Any = None) -> FloatArray:
         """`score_samples` plus the threshold of the row's class, (N,): negative for anomalies.
@@ -514,7 +520,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
 
     def explain(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
         """Nats per column and of the KL, (N, D + 1); rows sum to `negative_elbo`."""
-        parts = explain.column_scores(self.model_, self._encode(X, condition))
+        encoded = self._encode(X, condition)
+        parts = explain.column_scores(self.model_, encoded)
         frame = pd.DataFrame(parts.columns, columns=self.schema_.names, index=self._index(X))
         frame[explain.KL] = parts.kl
         return frame
@@ -559,7 +566,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     def explain_pixels(self, X: Any, *, condition: Any = None, column: Name | None = None) -> FloatArray:
         """Nats of every pixel of an image column, (N, …) like the images, colours added up: a heat map.
 
-        Their sum is the column's nats in `explain`. ``column`` may be left out where there is one of images.
+        Their sum is the column's nats in `explain`; of a row of unknown class, under its most probable one.
+        ``column`` may be left out where there is one of images.
 
         Raises
         ------
@@ -693,6 +701,11 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             raise ParameterError(f"score_kind must be one of {CHOICES['score_kind']}, not {self.score_kind!r}")
         if self.score_kind in ("contrast", "both"):
             require_contrast(self.schema_)
+        if self.score_kind == "parts" and self._calibration().parts is None:
+            raise ParameterError(
+                "this model has no calibration of the parts of its negative ELBO: fit or recalibrate it with "
+                "score_kind='parts'"
+            )
         return self.score_kind  # type: ignore[return-value]  # checked above
 
     def _calibration(self) -> Calibration:

@@ -18,7 +18,7 @@ from anomaly_cvae.calibration import (
     missing_levels,
 )
 from anomaly_cvae.encoding import Encoded, Encoder
-from anomaly_cvae.errors import ConditionError, ParameterError
+from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.schema import Schema
 from anomaly_cvae.scoring import ScoringEngine
@@ -116,11 +116,13 @@ class FittedModel:
         names = self.encoder.schema.class_names + ([MARGINAL] if self.has_unknown_group else [])
         typical = self._mean_nats(self.engine.column_scores(encoded).columns, encoded)
         references = self._references(encoded, typical, rng, with_levels=contamination is None)
+        shape = None
         if with_parts:
-            shape = fit_parts(self.engine.elbo_parts(encoded), encoded.class_index, self.n_classes)
-            references["parts"] = self._parts_reference(encoded, shape)
-        else:
-            shape = None
+            whole = encoded.take(np.flatnonzero(encoded.observed.all(axis=1)))
+            if not len(whole):
+                raise DataError("score_kind='parts' is set by complete rows, and no calibration row is complete")
+            shape = fit_parts(self.engine.elbo_parts(whole), whole.class_index, self.n_classes)
+            references["parts"] = self._parts_reference(whole, shape)
         calibration = Calibration(
             references=references,
             group_names=tuple(names),
@@ -142,20 +144,30 @@ class FittedModel:
                 "this model has no calibration of the parts of its negative ELBO: fit or recalibrate it with "
                 "score_kind='parts'"
             )
+        partly = np.flatnonzero(~encoded.observed.all(axis=1))
+        if partly.size:
+            raise DataError(
+                f"row {partly[0]} misses cells or pixels ({partly.size} row(s) in all): score_kind='parts' compares "
+                "whole rows; impute them first, or score by 'elbo'"
+            )
         groups = self.groups(encoded)
         unknown = np.flatnonzero(groups == self.n_classes)
         shape = self.calibration.parts
         scores = shape.distance(self.engine.elbo_parts(encoded), np.minimum(groups, self.n_classes - 1))
         if unknown.size:
-            rows = encoded.take(unknown)
-            claims = [np.full(len(rows), k, dtype=np.int64) for k in range(self.n_classes)]
-            by_class = [shape.distance(self.engine.elbo_parts(rows.of_class(own)), own) for own in claims]
-            scores[unknown] = np.min(by_class, axis=0)
+            scores[unknown] = self._least_parts_score(encoded.take(unknown), shape)
         return scores
+
+    def _least_parts_score(self, rows: Encoded, shape: PartsShape) -> FloatArray:
+        """Under the class that suits each row best, (N,)."""
+        claims = [np.full(len(rows), k, dtype=np.int64) for k in range(self.n_classes)]
+        by_class = [shape.distance(self.engine.elbo_parts(rows.of_class(own)), own) for own in claims]
+        least: FloatArray = np.min(by_class, axis=0)
+        return least
 
     def _parts_reference(self, encoded: Encoded, shape: PartsShape) -> Reference:
         own = shape.distance(self.engine.elbo_parts(encoded), encoded.class_index)
-        scores = {False: own, True: own}
+        scores = {False: own, True: self._least_parts_score(encoded, shape) if self.has_unknown_group else own}
         return self._reference(np.zeros(1, dtype=np.int64), [encoded], [scores], None)
 
     def _negative_elbo(self, encoded: Encoded) -> FloatArray:

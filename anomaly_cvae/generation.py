@@ -32,27 +32,34 @@ def sample(
     """
     engine = model.engine
     values = np.zeros((len(class_index), model.encoder.n_cells))
-    state = generator.get_state()
+    if not len(class_index):
+        return values
+    style = _normal(engine, 1, int(np.bincount(class_index).max()), generator) if same_z else None
     with torch.inference_mode():
         for k in np.unique(class_index):
-            if same_z:
-                generator.set_state(state)
             places = np.flatnonzero(class_index == k)
-            for block in np.split(places, range(ROWS_PER_BLOCK, len(places), ROWS_PER_BLOCK)):
-                values[block] = _sample_class(engine, int(k), continuous[block], generator, noise, same_z)
+            for start in range(0, len(places), ROWS_PER_BLOCK):
+                block = places[start : start + ROWS_PER_BLOCK]
+                own = None if style is None else style[:, start : start + len(block)]
+                values[block] = _sample_class(engine, int(k), continuous[block], generator, noise, own)
     return values
 
 
 def _sample_class(
-    engine: ScoringEngine, k: int, continuous: FloatArray, generator: torch.Generator, noise: bool, same_z: bool
+    engine: ScoringEngine,
+    k: int,
+    continuous: FloatArray,
+    generator: torch.Generator,
+    noise: bool,
+    style: torch.Tensor | None,
 ) -> FloatArray:
     n, members = len(continuous), engine.members_of(k)
     condition = engine.condition(k, continuous)
     seen = engine.blind(n, k, continuous)
-    if same_z:
+    if style is not None:
         members = slice(members.start, members.start + 1)
         seen = engine.blind(n, k, continuous, members)
-        z = _normal(engine, 1, n, generator)
+        z = style
     elif seen is not None:
         z = seen.prior.sample(_normal(engine, members.stop - members.start, n, generator).unsqueeze(1)).squeeze(1)
     else:

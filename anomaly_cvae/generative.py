@@ -16,7 +16,7 @@ from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import require_contrast
 from anomaly_cvae.frames import IntArray
 from anomaly_cvae.images import fill_pixels
-from anomaly_cvae.inputs import fill, shortened
+from anomaly_cvae.inputs import check_count, fill, shortened
 from anomaly_cvae.reading import TableReader
 
 
@@ -33,6 +33,7 @@ class Generative(TableReader):
         without grain. ``same_z`` gives the i-th row of every class the same z from N(0, I): the same style.
         """
         check_is_fitted(self)
+        check_count(n, "n", least=0)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         conditions = self._conditions_to_sample(n, condition, seed)
         classes, continuous = self._encode_conditions(conditions)
@@ -69,6 +70,7 @@ class Generative(TableReader):
         N * n rows: the n completions of the first row, then those of the second, and so on. ``noise`` as in
         `sample`.
         """
+        check_count(n, "n")
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         generator = self.model_.engine.generator(seed)
@@ -90,6 +92,7 @@ class Generative(TableReader):
         """
         if not 0.0 < coverage < 1.0:
             raise ParameterError(f"coverage must lie in (0, 1), not {coverage}")
+        check_count(n_draws, "n_draws")
         encoded, frame = self._with_class(self._encode(X, condition)), self._frame(X, condition)
         seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
         return explain.intervals(self.model_, encoded, frame.index, coverage, n_draws, seed)
@@ -130,6 +133,7 @@ class Generative(TableReader):
         N * n rows, path after path, both ends (as reconstructed) included. The two must have the same
         conditions: change one by `edit` first.
         """
+        check_count(n, "n")
         start, end = (self._with_class(self._encode(X, condition)) for X in (X_from, X_to))
         if len(start) != len(end):
             raise DataError(f"X_from has {len(start)} rows and X_to has {len(end)}: interpolate pairs them")
@@ -191,6 +195,11 @@ class Generative(TableReader):
         if method == "head":
             return self._condition_by_head(encoded, self._index(X))
         require_contrast(self.schema_)
+        if self.schema_.attributes:
+            raise ConditionError(
+                "the class-wise likelihoods are those under known attributes; ask the inference head, method='head'"
+            )
+        check_count(n_samples, "n_samples")
         probabilities = self.model_.class_probabilities(encoded, n_samples if method == "iwae" else None)
         return pd.DataFrame(probabilities, columns=self.schema_.class_names, index=self._index(X))
 

@@ -118,6 +118,8 @@ def read_images(cells: pd.Series, expected: ImageFormat, name: object) -> ImageC
             observed[row] = False
             continue
         image = _array(cell, name, row)
+        if not isinstance(cell, np.ndarray):
+            image = _laid_out(image, expected)
         found = _format_of(image, name, row)
         if found != expected:
             raise DataError(
@@ -185,8 +187,12 @@ def as_cells(images: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]) -> npt.NDArr
 
 
 def is_image_batch(data: object) -> bool:
-    """Whether ``data`` is an array of images: (N, H, W), (N, H, W, C) or (N, C, H, W)."""
-    return isinstance(data, np.ndarray) and data.ndim in (3, 4) and data.dtype.kind in "buif"
+    """Whether ``data`` is an array of images, (N, H, W), (N, H, W, C) or (N, C, H, W), or of N cells that hold one."""
+    if not isinstance(data, np.ndarray):
+        return False
+    if data.dtype == object:
+        return data.ndim == 1 and len(data) > 0 and is_image(data[0])
+    return data.ndim in (3, 4) and data.dtype.kind in "buif"
 
 
 def encode_picture(image: npt.NDArray[Any]) -> bytes:
@@ -306,6 +312,14 @@ def _pixel_type(image: npt.NDArray[Any], name: object, row: int) -> PixelType:
         f"column {name!r}: the image in row {row} has pixels of type {image.dtype}; use uint8 (0 to 255), float (0 to "
         "1) or bool"
     )
+
+
+def _laid_out(image: npt.NDArray[Any], expected: ImageFormat) -> npt.NDArray[Any]:
+    """A decoded picture, (H, W) or (H, W, 3), with its axes as training had them: a file knows no other order."""
+    if expected.layout == "HW":
+        return image
+    channels_last = np.atleast_3d(image)
+    return channels_last.transpose(2, 0, 1) if expected.layout == "CHW" else channels_last
 
 
 def _remedy(found: ImageFormat, expected: ImageFormat) -> str:

@@ -13,7 +13,7 @@ from sklearn.utils.validation import validate_data
 
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.frames import BoolArray, is_table, to_frame
-from anomaly_cvae.images import as_cells, is_image_batch
+from anomaly_cvae.images import as_cells, is_image, is_image_batch
 from anomaly_cvae.schema import Column, Name, Schema
 
 IMAGE = "image"
@@ -52,6 +52,7 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | Non
     DataError, ValueError, TypeError
         For duplicated, missing, extra or reordered columns, sparse data, wrong dimensions, no rows in fit.
     """
+    X = _as_array(X)
     if is_image_batch(X):
         frame = pd.DataFrame({IMAGE: as_cells(X)})
         if reset:
@@ -83,6 +84,20 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | Non
     if reset and len(frame) < 2:
         raise DataError(f"n_samples = {len(frame)} (shape={frame.shape}); fit needs at least 2 rows")
     return frame
+
+
+def _as_array(X: Any) -> Any:
+    """Tensors and lists of pictures as images, masked cells of a table as missing ones; all else as it is."""
+    if isinstance(X, (list, tuple)) and len(X) and is_image(X[0]):
+        return as_cells(X)
+    if type(X).__module__.startswith("torch"):
+        return X.detach().cpu().numpy()
+    if isinstance(X, np.ma.MaskedArray) and X.ndim == 2:
+        text = X.dtype.kind in "OU"
+        plain = np.asarray(X).astype(object if text else np.float64)
+        plain[np.ma.getmaskarray(X)] = None if text else np.nan
+        return plain
+    return X
 
 
 def _named(cells: np.ndarray[Any, np.dtype[Any]]) -> pd.DataFrame:
@@ -224,6 +239,8 @@ def given_cells(given: Any, schema: Schema, n_rows: int) -> list[BoolArray]:
 def _given_of(column: Column, given: Any, n_rows: int) -> BoolArray:
     """(N, cells) of one column."""
     mask = np.asarray(given)
+    if mask.dtype == object:
+        mask = np.stack([np.asarray(cell) for cell in mask])
     if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
         raise DataError(f"given[{column.name!r}] must be booleans, not {mask.dtype}")
     mask = mask.astype(np.bool_)
@@ -256,6 +273,18 @@ def _given_of(column: Column, given: Any, n_rows: int) -> BoolArray:
 def with_missing(frame: pd.DataFrame, names: Sequence[Name]) -> pd.DataFrame:
     """``frame`` with further columns in which every cell is missing."""
     return pd.concat([frame, pd.DataFrame(np.nan, index=frame.index, columns=list(names))], axis=1)
+
+
+def check_count(value: Any, name: str, least: int = 1) -> None:
+    """Raise unless ``value`` is a whole number from ``least`` up.
+
+    Raises
+    ------
+    ParameterError
+        Saying what it is.
+    """
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+        raise ParameterError(f"{name} must be a whole number from {least} up, not {value!r}")
 
 
 def fill(cells: pd.Series, expected: pd.Series) -> pd.Series:

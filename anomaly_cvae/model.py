@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,11 @@ class CVAE(nn.Module):
         if architecture.pseudo_inputs:
             self.pseudo_inputs = PseudoInputs(members, architecture.pseudo_inputs, inputs, generator)
 
+    def describe(self) -> dict[str, Any]:
+        """Architecture and likelihoods, for telling one model from another."""
+        heads = [(head.name, head.n_columns, head.n_parameters) for head in self._heads()]
+        return {**asdict(self.architecture), "heads": heads, "shapes": self.shapes}
+
     def _heads(self) -> list[Likelihood]:
         return [head for head in self.heads if isinstance(head, Likelihood)]
 
@@ -180,7 +186,8 @@ class CVAE(nn.Module):
         if self.architecture.missing_indicators:
             masks.append(torch.ones_like(batch.values) if batch.observed is None else batch.observed)
         if self.architecture.observed_condition:
-            masks.append(torch.zeros_like(batch.values) if batch.given is None else batch.given)
+            given = torch.zeros_like(batch.values) if batch.given is None else batch.given
+            masks.append(given if batch.observed is None else given * batch.observed)
         cells = self._cells(batch.values, batch.observed, masks)
         return normal(self.encoder(cells, batch.condition, members).outputs)
 

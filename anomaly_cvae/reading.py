@@ -14,6 +14,7 @@ from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.errors import ConditionError, ParameterError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, to_frame
+from anomaly_cvae.images import to_images
 from anomaly_cvae.inputs import (
     Layout,
     condition_frame,
@@ -24,7 +25,7 @@ from anomaly_cvae.inputs import (
     with_ignored,
     with_missing,
 )
-from anomaly_cvae.schema import Schema
+from anomaly_cvae.schema import Schema, image_of
 
 
 class TableReader:
@@ -41,7 +42,8 @@ class TableReader:
         check_is_fitted(self)
         if not need_condition and is_table(X):
             frame = to_frame(X)
-            absent = [name for name in self.layout_.condition_columns if name not in frame.columns]
+            may_lack = (*self.layout_.condition_columns, *self.layout_.ignored)
+            absent = [name for name in may_lack if name not in frame.columns]
             X = with_missing(frame, absent)[list(self.layout_.columns)] if absent else X
         if is_table(X) and self.layout_.ignored:
             X = with_ignored(to_frame(X), self.layout_)
@@ -136,7 +138,11 @@ class TableReader:
         for name, value in wanted.items():
             if name not in names:
                 raise ConditionError(f"there is no condition {name!r}{nearest(name, names)}")
-            own[name] = value
+            # By position, as everywhere: a Series would be aligned by its labels.
+            cells = value if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") else np.asarray(value)
+            if isinstance(cells, np.ndarray) and cells.shape != (len(own),):
+                raise ConditionError(f"condition_to[{name!r}] has shape {cells.shape}; give one value, or {len(own)}")
+            own[name] = cells
         return own
 
     def _encode_conditions(self, conditions: pd.DataFrame) -> tuple[IntArray, FloatArray]:
@@ -157,7 +163,9 @@ class TableReader:
         if layout.is_frame:
             return ordered
         if len(self.schema_.columns) == len(self.schema_.images) == 1 and ordered.shape[1] == 1:
-            return np.stack(ordered.iloc[:, 0].tolist()) if len(ordered) else np.zeros((0, 0, 0))
+            images = ordered.iloc[:, 0].tolist()
+            none = to_images(np.zeros((0, *image_of(self.schema_.images[0]).shape)), image_of(self.schema_.images[0]))
+            return np.stack(images) if images else none
         return ordered.to_numpy()
 
     def _index(self, X: Any) -> pd.Index | None:

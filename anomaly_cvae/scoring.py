@@ -122,30 +122,30 @@ class ScoringEngine:
         (Burda, Grosse and Salakhutdinov 2016, theorem 1).
         """
         nats = np.zeros(len(encoded))
-        generator = self.generator(seed)
+        noise = torch.randn(
+            (n_samples, self.noise.shape[1]), generator=self.generator(seed), dtype=self.noise.dtype, device=self.device
+        )
         with torch.inference_mode():
             for chunk in self._chunks(encoded, n_samples=n_samples):
-                nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, n_samples, generator).mean(0))
+                nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, noise).mean(0))
         return np.where(encoded.scored.any(axis=1), nats, 0.0)
 
-    def _log_mean_weight(self, chunk: Chunk, n_samples: int, generator: torch.Generator) -> Tensor:
-        """The IWAE bound of a chunk, (M, N), from as many samples at a time as fit."""
+    def _log_mean_weight(self, chunk: Chunk, noise: Tensor) -> Tensor:
+        """The IWAE bound of a chunk, (M, N), from noise (S, Z) that all rows share, in pieces that fit."""
         members, n_rows = chunk.members.stop - chunk.members.start, len(chunk.places)
         at_a_time = max(1, self._numbers_at_a_time() // (members * n_rows * self.model.widest))
         seen = self.model.look(chunk.batch, chunk.members)
         posterior = self.model.encode(chunk.batch, chunk.members)
         prior = self._prior(chunk, seen)
         parts = []
-        for start in range(0, n_samples, at_a_time):
-            shape = (members, min(at_a_time, n_samples - start), n_rows, self.noise.shape[1])
-            noise = torch.empty(shape, dtype=self.noise.dtype, device=self.device).normal_(generator=generator)
-            z = posterior.sample(noise)
+        for some in torch.split(noise, at_a_time):
+            z = posterior.sample(some)
             log_prob = self.model.log_prob(
                 self.model.decode(z, chunk.batch.condition, chunk.members, seen), chunk.batch
             )
             log_weight = log_prob.sum(-1, dtype=accumulator(log_prob)) + prior.log_prob(z) - posterior.log_prob(z)
             parts.append(torch.logsumexp(log_weight, dim=1))
-        return torch.logsumexp(torch.stack(parts), dim=0) - math.log(n_samples)
+        return torch.logsumexp(torch.stack(parts), dim=0) - math.log(len(noise))
 
     def class_negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
         """The same of every row under every class, (N, K)."""
@@ -201,8 +201,14 @@ class ScoringEngine:
         With an observed part as condition, z comes from what that part says of it; else from q(z | x, c).
         """
         values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
+        for rows, part in self._alike(encoded):
+            values[rows] = self._expected(part)
+        return values
+
+    def _expected(self, encoded: Encoded) -> FloatArray:
+        values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
         with torch.inference_mode():
-            for chunk in self._chunks(self._as_given(encoded)):
+            for chunk in self._chunks(encoded):
                 seen = self.model.look(chunk.batch, chunk.members)
                 z = self._latent(chunk, seen).sample(self.noise)
                 parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
@@ -216,8 +222,14 @@ class ScoringEngine:
         ``noise`` the cells are what p(x | z, c) expects.
         """
         values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
+        for rows, part in self._alike(encoded):
+            values[:, rows] = self._draw(part, n_draws, generator, noise)
+        return values
+
+    def _draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, noise: bool) -> FloatArray:
+        values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
         with torch.inference_mode():
-            for chunk in self._chunks(self._as_given(encoded), n_samples=n_draws):
+            for chunk in self._chunks(encoded, n_samples=n_draws):
                 seen = self.model.look(chunk.batch, chunk.members)
                 posterior = self._latent(chunk, seen)
                 members, n_rows, latent = posterior.mean.shape
@@ -250,11 +262,15 @@ class ScoringEngine:
         batch = Batch(empty, None, self.condition(k, continuous))
         return self.model.look(batch, self.members_of(k) if members is None else members)
 
-    def _as_given(self, encoded: Encoded) -> Encoded:
-        """Rows with their observed cells as condition where the model takes one and cells are missing."""
-        if not self.model.architecture.observed_condition or encoded.given is not None or encoded.observed.all():
-            return encoded
-        return replace(encoded, given=encoded.observed)
+    def _alike(self, encoded: Encoded) -> list[tuple[IntArray, Encoded]]:
+        """Complete rows, and rows that miss cells: where the model takes one, those have the others as condition."""
+        if not self.model.architecture.observed_condition or encoded.given is not None:
+            return [(np.arange(len(encoded)), encoded)]
+        complete = encoded.observed.all(axis=1)
+        whole, partly = np.flatnonzero(complete), np.flatnonzero(~complete)
+        rest = encoded.take(partly)
+        parts = [(whole, encoded.take(whole)), (partly, replace(rest, given=rest.observed))]
+        return [(rows, part) for rows, part in parts if len(rows)]
 
     def _latent(self, chunk: Chunk, seen: Seen | None) -> DiagonalNormal:
         """q(z | x, c), or p(z | x_observed, c) of rows that give a part of themselves."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -352,7 +353,10 @@ class _Loop:
             "generator": self.generator.get_state(),
         }
         notes = {"step": step, "settings": self.fingerprint(), "epochs": [asdict(epoch) for epoch in self.epochs]}
-        checkpoints.write(path, tensors, notes)
+        try:
+            checkpoints.write(path, tensors, notes)
+        except OSError as fault:
+            warnings.warn(f"progress cannot be noted in {path} ({fault}); training goes on without", stacklevel=2)
 
     def fingerprint(self) -> str:
         """What has to agree for a checkpoint to be of this training."""
@@ -362,7 +366,7 @@ class _Loop:
         for part in (rows.values, rows.observed, rows.condition, rows.class_index, *tables):
             if part is not None:
                 digest.update(part.cpu().contiguous().numpy().tobytes())
-        described = [asdict(self.model.architecture), settings, self.settings.objective.describe()]
+        described = [self.model.describe(), settings, self.settings.objective.describe()]
         return json.dumps([*described, digest.hexdigest()])
 
     def raise_diverged(self, step: int, batch: Batch, found: Loss, loss: Tensor) -> None:

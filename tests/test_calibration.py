@@ -236,10 +236,10 @@ def test_reference_scores_are_kept_for_every_tenth_of_the_columns(n_columns: int
     assert missing_levels(n_columns).tolist() == list(levels)
 
 
-def test_a_row_belongs_to_the_nearest_number_of_missing_cells() -> None:
+def test_a_row_belongs_to_the_nearest_number_of_missing_cells_and_one_without_any_to_its_like() -> None:
     ref = Reference(np.array([0, 2, 6]), ((), (), ()), None, 1)
     observed = np.arange(6) >= np.array([0, 1, 2, 3, 5, 6])[:, None]
-    assert ref.level_of(observed).tolist() == [0, 0, 1, 1, 2, 2]
+    assert ref.level_of(observed).tolist() == [0, 0, 1, 1, 1, 2]
 
 
 # ---------------------------------------------------------------------- false discoveries

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.likelihoods.base import Likelihood, buffer, register, squash
@@ -58,12 +58,14 @@ class DiscretisedLogistic(Likelihood):
         return location, torch.exp(-log_width.clamp(*LOG_WIDTH_RANGE))
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Location, within the levels."""
-        location = parameters.chunk(2, dim=-1)[0]
-        return torch.minimum(torch.maximum(location, self.lowest), self.highest)
+        """Mean of the logistic distribution held within the levels: all beyond lies on the first and the last."""
+        location, inverse_width = self._location_and_inverse_width(parameters)
+        above = softplus((self.highest - location) * inverse_width)
+        below = softplus((self.lowest - location) * inverse_width)
+        return self.highest - (above - below) / inverse_width
 
     def expected(self, parameters: Tensor) -> Tensor:
-        """Mean of the locations."""
+        """Mean of the means."""
         return self.mean(parameters).mean(dim=(0, 1))
 
     def sample(self, parameters: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,8 +20,8 @@ from anomaly_cvae.rows import Batch
 FOOLING_WEIGHT = 0.005
 """Of fooling the discriminator, for the decoder, per feature in which images are compared: 1 / gamma of equation 9.
 
-The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5, the
-KL dwindled: reconstructions were no longer of their images."""
+The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5,
+the KL dwindled: reconstructions were no longer of their images."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
 equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import quad
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor
 
@@ -138,7 +140,7 @@ def _negative_binomial(p: np.ndarray, column: FittedColumn) -> Any:
 
 
 class _RoundedLogistic:
-    """scipy's logistic, rounded to the levels 0 to 255; its location, within them, stands for the mean."""
+    """scipy's logistic, rounded to the levels 0 to 255; the mean is that of the logistic, held within them."""
 
     def __init__(self, location: float, width: float) -> None:
         self.logistic = stats.logistic(location, width)
@@ -156,7 +158,11 @@ class _RoundedLogistic:
         return np.log(self.pmf(level))
 
     def mean(self) -> float:
-        return float(np.clip(self.logistic.mean(), 0.0, 255.0))
+        # Of a variable that is not negative: the integral of its survival function.
+        width = self.logistic.std()
+        near = np.clip(self.logistic.mean() + width * np.array([-20, -5, -1, 0, 1, 5, 20]), 0.0, 255.0)
+        ends = np.unique([0.0, *near, 255.0])
+        return float(sum(quad(self.logistic.sf, a, b, epsabs=1e-13)[0] for a, b in pairwise(ends)))
 
 
 def _discretised_logistic(p: np.ndarray, column: FittedColumn) -> Any:
