@@ -12,6 +12,7 @@ compared by their class error and contrast on the last 2,500 training images of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,23 @@ STYLES = 12
 HANDS = 5
 JUDGED = 2_000
 """Generated images that the referee judges, over all classes."""
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What the figures of one data set are held against."""
+
+    error: str = "none set"
+    referee: str = "none set"
+    recognised: str = "none set"
+    contrast: str = "none set"
+
+
+NO_GOALS = Goals()
+GOALS = {
+    "digits-mnist": Goals("<= 1.0", ">= 99.3", ">= 98.5", ">= .9995"),
+    "digits-fashion_mnist": Goals(contrast=">= .994"),
+}
 
 
 def parameters(study: Study, **more: Any) -> dict[str, Any]:
@@ -131,11 +149,12 @@ def surprising(cvae: CVAEDetector, data: LabelledImages, claimed: npt.NDArray[An
 def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
     """The figures: the class from p(c | x), generated digits recognised, wrong labels found."""
     guessed = cvae.condition_proba(data.x_test).to_numpy().argmax(axis=1)
-    study.figure("class error from p(c|x), ELBO", 100.0 * float((guessed != data.y_test).mean()), "%", "<= 1.0")
+    goals = GOALS.get(study.name, NO_GOALS)
+    study.figure("class error from p(c|x), ELBO", 100.0 * float((guessed != data.y_test).mean()), "%", goals.error)
     n = min(WEIGHED, len(data.x_test))
     weighed = cvae.condition_proba(data.x_test[:n], method="iwae", n_samples=10 if study.is_fast else 50)
     wrong = float((weighed.to_numpy().argmax(axis=1) != data.y_test[:n]).mean())
-    study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", "<= 1.0", f"{n:,} images")
+    study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", goals.error, f"{n:,} images")
     read = cvae.condition_proba(data.x_test, method="head").to_numpy().argmax(axis=1)
     study.figure(
         "class error from the inference head q(c|x)", 100.0 * float((read != data.y_test).mean()), "%", "<= 1.0"
@@ -144,14 +163,14 @@ def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
         study.output / "referee.safetensors", data.x_train, data.y_train, epochs=REFEREE_EPOCHS[study.preset]
     )
     right = float((judge.logits(data.x_test).argmax(axis=1) == data.y_test).mean())
-    study.figure("referee's own accuracy", 100.0 * right, "%", ">= 99.3")
+    study.figure("referee's own accuracy", 100.0 * right, "%", goals.referee)
     asked = np.repeat(np.unique(data.y_train), JUDGED // len(np.unique(data.y_train)))
     drawn = cvae.sample(len(asked), condition=asked, random_state=study.random_state + 1, noise=False)
     recognised = float((judge.logits(drawn).argmax(axis=1) == asked).mean())
-    study.figure("generated images recognised", 100.0 * recognised, "%", ">= 98.5", f"{len(asked):,} images")
+    study.figure("generated images recognised", 100.0 * recognised, "%", goals.recognised, f"{len(asked):,} images")
     claimed, is_wrong = wrong_claims(data.y_test, study.random_state)
     contrast = cvae.contrast(data.x_test, condition=claimed)
-    study.figure("wrong labels, contrast, AUROC", metrics.roc_auc(is_wrong, contrast), "", ">= .9995")
+    study.figure("wrong labels, contrast, AUROC", metrics.roc_auc(is_wrong, contrast), "", goals.contrast)
     surprise = cvae.negative_elbo(data.x_test, condition=claimed)
     study.figure("wrong labels, negative ELBO, AUROC", metrics.roc_auc(is_wrong, surprise), "", "none set")
 

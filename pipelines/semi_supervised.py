@@ -44,7 +44,7 @@ PUBLISHED = {
 }
 """Test error, %, of Kingma et al. (2014), table 1."""
 LEAST_SPREAD = 0.2
-"""Standard deviation of the posterior means of a latent unit that is in use, against 1 of the prior."""
+"""Standard deviation of the posterior means of a latent unit that is in use, against that of the widest."""
 DRAWN = 12
 HELD_OUT = 0.02
 """Share of the unlabelled rows for early stopping, and as many for thresholds, which have no part here."""
@@ -151,7 +151,8 @@ def latent_table(m1: CVAEDetector, images: npt.NDArray[Any], units: pd.Index | N
     """Posterior means of M1, a column per latent unit: ``units``, or those in use."""
     means = pd.DataFrame(m1.transform(images)).add_prefix("z")
     # A unit that M1 hardly uses says nothing, and standardised it would say it loudly.
-    return means[means.columns[means.std() > LEAST_SPREAD] if units is None else units]
+    spread = means.std()
+    return means[means.columns[spread > LEAST_SPREAD * spread.max()] if units is None else units]
 
 
 def outcomes_of(
