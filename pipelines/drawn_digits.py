@@ -157,7 +157,7 @@ def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
     study.figure("class error from p(c|x), IWAE", 100.0 * wrong, "%", goals.error, f"{n:,} images")
     read = cvae.condition_proba(data.x_test, method="head").to_numpy().argmax(axis=1)
     study.figure(
-        "class error from the inference head q(c|x)", 100.0 * float((read != data.y_test).mean()), "%", "<= 1.0"
+        "class error from the inference head q(c|x)", 100.0 * float((read != data.y_test).mean()), "%", goals.error
     )
     judge = referee(
         study.output / "referee.safetensors", data.x_train, data.y_train, epochs=REFEREE_EPOCHS[study.preset]
