@@ -11,13 +11,13 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae.datasets.picture_folder import SUFFIXES
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.frames import Level
 from anomaly_cvae.images import ImageFormat, as_cells, decode_picture, image_format
 from anomaly_cvae.inputs import IMAGE
 
 Part = Literal["train", "test"]
+SUFFIXES = (".png", ".jpg", ".jpeg")
 OnFault = Callable[[Path, str], None]
 """Told of every picture that cannot be used, and why."""
 FILE, FOLDER, LABEL = "file", "folder", "label"

@@ -3,7 +3,6 @@
 from anomaly_cvae.datasets.digits import DIGIT_MAX, DIGIT_SIDE, ClaimedDigits, claimed_digits, damage
 from anomaly_cvae.datasets.faces import ATTRIBUTES, faces
 from anomaly_cvae.datasets.labelled_images import LabelledImages, binarise, labelled_images
-from anomaly_cvae.datasets.picture_folder import picture_folder
 
 __all__ = [
     "ATTRIBUTES",
@@ -16,5 +15,4 @@ __all__ = [
     "damage",
     "faces",
     "labelled_images",
-    "picture_folder",
 ]
