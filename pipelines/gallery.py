@@ -78,12 +78,6 @@ EXHIBITS = (
         "The rest of a digit",
         "One, two or three quadrants seen, the rest drawn several times.",
     ),
-    Exhibit(
-        "semi_supervised",
-        "generated",
-        "Digits from 100 labels",
-        "Drawn by class by a model that saw 100 labels in all.",
-    ),
     Exhibit("ood_images", "parts", "Another kind of image", "The parts of the negative ELBO, clothes against digits."),
 )
 
