@@ -207,7 +207,7 @@ def _brightest(images: FloatArray) -> float:
     return 1.0 if largest <= 1.0 else float(np.quantile(images, 0.999))
 
 
-def tile(images: FloatArray, gap: int = 2) -> np.ndarray:
+def tile(images: np.ndarray, gap: int = 2) -> np.ndarray:
     """Images (rows, columns, H, W) or (…, 3), bytes or fractions, side by side as one picture of bytes.
 
     Grey images are drawn dark on light, like ink.

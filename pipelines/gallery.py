@@ -52,7 +52,7 @@ EXHIBITS = (
         "digits-mnist",
         "latent_map",
         "The latent plane, Q(z | x, c)",
-        "A model with two latent units: told the class, it keeps none of it in z; every class lies about N(0, I).",
+        "A model with two latent units: told the class, it keeps little of it in z; every class lies about N(0, I).",
     ),
     Exhibit(
         "digits-mnist",

@@ -45,7 +45,7 @@ class Grid:
     @property
     def picture(self) -> Rgb:
         """All of them side by side, (height, width, 3)."""
-        tiled: Rgb = plots.tile(self.images)  # type: ignore[arg-type]  # it takes bytes as well as floats
+        tiled: Rgb = plots.tile(self.images)
         return tiled
 
 
