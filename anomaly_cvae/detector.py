@@ -112,6 +112,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     checkpoint : file to note progress in, and to continue an interrupted fit of the same rows from
     device : "auto", "cpu", "cuda", "mps"
     dtype : "float32" or "float64"
+    mixed_precision : train with products and convolutions in bfloat16, where the hardware has it; weights, sums and
+        scores stay in ``dtype``
     random_state : int, RandomState or None; the only source of randomness
     verbose : 0 silent, 1 progress bar, 2 a line per epoch
 
@@ -165,6 +167,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         checkpoint: str | Path | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        mixed_precision: bool = False,
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
@@ -203,6 +206,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.mixed_precision = mixed_precision
         self.random_state = random_state
         self.verbose = verbose
 
@@ -357,6 +361,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             mask_rate=self.mask_rate,
             mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
             patience=self.patience,
+            mixed_precision=self.mixed_precision,
             checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
         )
         return FitSettings(

@@ -438,3 +438,15 @@ def test_training_leaves_a_copy_of_the_bank_alone() -> None:
     run(model)
     assert_same_weights(copied, before)
     assert any(not torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
+
+
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_half_the_digits_of_products_learn_as_well(n_members: int) -> None:
+    model, halved = bank(n_members, torch.float32), bank(n_members, torch.float32)
+    data, settings = rows(torch.float32), replace(SETTINGS, max_steps=120)
+    full = run(model, data, settings)
+    half = run(halved, data, replace(settings, mixed_precision=True))
+    first, last = half.epochs[0].validation_negative_elbo, half.epochs[-1].validation_negative_elbo
+    assert first - last > 1.0
+    assert last == pytest.approx(full.epochs[-1].validation_negative_elbo, abs=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in halved.parameters())

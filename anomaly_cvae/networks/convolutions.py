@@ -137,7 +137,7 @@ class ConvDecoder(nn.Module):
             finer = _resize(torch.relu_(mixed), self.sizes[-2 - scale])
             hidden = torch.relu_(up(finer, condition, members))
         out: Tensor = self.out(hidden, None, members)
-        return out
+        return out.to(self.out.weight.dtype)
 
 
 def sizes(shape: tuple[int, int, int], n_scales: int) -> list[tuple[int, int]]:

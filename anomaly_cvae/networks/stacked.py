@@ -79,10 +79,12 @@ class StackedMLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden = layer(hidden, condition, members, relu=True)
         out: Tensor = self.layers[-1](hidden, condition, members)
-        if self.skip is None:
-            return out
-        skip = _of(self.skip, members)
-        return out.baddbmm_(x.expand(len(skip), -1, -1), skip)
+        if self.skip is not None:
+            skip = _of(self.skip, members)
+            x = x.expand(len(skip), -1, -1)
+            out = out.baddbmm_(x, skip) if out.dtype == x.dtype == skip.dtype else torch.baddbmm(out, x, skip)
+        # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
+        return out.to(self.layers[-1].get_parameter("weight").dtype)
 
 
 def _of(parameter: Tensor, members: slice) -> Tensor:

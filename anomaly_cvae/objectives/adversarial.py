@@ -162,7 +162,7 @@ class Adversarial(Objective):
             values = values * batch.observed.repeat(1, values.shape[1] // batch.observed.shape[1], 1)
         cells = Cells(values.new_zeros(*values.shape[:2], 0), model.images(values))
         encoding = self.discriminator(cells, batch.condition)
-        return Judgement([maps[len(maps) // 2] for maps in encoding.maps], encoding.outputs[..., 0])
+        return Judgement([maps[len(maps) // 2].to(values.dtype) for maps in encoding.maps], encoding.outputs[..., 0])
 
 
 def feature_distance(own: Tensor, real: Tensor) -> Tensor:
