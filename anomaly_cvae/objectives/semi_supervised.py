@@ -7,7 +7,7 @@ from torch import Tensor
 
 from anomaly_cvae.model import CVAE
 from anomaly_cvae.objectives.bounds import elbo, with_free_bits
-from anomaly_cvae.objectives.step import Draws, Loss, Objective, claim, inference_loss
+from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, of_rows, with_class
 from anomaly_cvae.rows import Batch
 
 
@@ -17,7 +17,12 @@ class SemiSupervised(Objective):
     Rows without a class: the negative ELBO under every class, weighted by q(c | x), less the entropy of
     q(c | x) (equations 6 to 9). The class's own share, -log p(c), is constant where classes are equally
     frequent, as they are taken to be.
+
+    The last weights are kept: how well held-out rows without a class are explained says little of q(c | x), and
+    chose the first weights of all where the rows are nearly normal as they come.
     """
+
+    keeps_best = False
 
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0, classification_weight: float = 10.0) -> None:
         self.n_samples, self.free_bits, self.classification_weight = n_samples, free_bits, classification_weight
@@ -34,15 +39,32 @@ class SemiSupervised(Objective):
 
     def _rows(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
         assert batch.class_index is not None
-        by_class, log_prob = [], None
-        for k in range(model.architecture.n_classes):
-            terms = model.terms(claim(model, batch, k), noise)
-            log_prob = terms.log_prob
-            by_class.append(-elbo(with_free_bits(terms, self.free_bits), kl_weight))
+        index = batch.class_index.expand(batch.values.shape[:2])
+        own, log_prob = self._nats(model, with_class(model, batch, index.clamp(min=0)), noise, kl_weight)
+        # Each member's rows without a class, the first of its order; only they need all classes.
+        order = torch.argsort((index >= 0).to(torch.uint8), dim=1, stable=True)
+        chosen = order[:, : int((index < 0).sum(1).max())]
+        if not chosen.shape[1]:
+            return own, log_prob
+        some, some_noise = of_rows(batch, chosen), _of_rows(noise, chosen)
+        by_class = [
+            self._nats(model, with_class(model, some, torch.full_like(chosen, k)), some_noise, kl_weight)[0]
+            for k in range(model.architecture.n_classes)
+        ]
         nats = torch.stack(by_class, dim=-1)
-        log_q = torch.log_softmax(model.condition_logits(batch)[..., : nats.shape[-1]], dim=-1)
-        unlabelled = (torch.exp(log_q) * (nats + log_q)).sum(-1)
-        index = batch.class_index.expand(nats.shape[:2])
-        own = nats.gather(-1, index.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        assert log_prob is not None
-        return torch.where(index >= 0, own, unlabelled), log_prob
+        log_q = torch.log_softmax(model.condition_logits(some)[..., : nats.shape[-1]], dim=-1)
+        unlabelled = (torch.exp(log_q) * (nats + log_q)).sum(-1).to(own.dtype)
+        without = index.gather(1, chosen) < 0
+        return own.scatter(1, chosen, torch.where(without, unlabelled, own.gather(1, chosen))), log_prob
+
+    def _nats(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+        terms = model.terms(batch, noise)
+        return -elbo(with_free_bits(terms, self.free_bits), kl_weight), terms.log_prob
+
+
+def _of_rows(noise: Tensor, chosen: Tensor) -> Tensor:
+    """Noise (S, Z), the same for all rows, or (M, S, N, Z), of the chosen rows (M, U)."""
+    if noise.dim() == 2:
+        return noise
+    places = chosen[:, None, :, None].expand(-1, noise.shape[1], -1, noise.shape[3])
+    return noise.gather(2, places)

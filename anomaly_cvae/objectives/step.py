@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -125,10 +125,22 @@ def inference_loss(model: CVAE, batch: Batch) -> Tensor:
     return loss
 
 
-def claim(model: CVAE, batch: Batch, k: int) -> Batch:
-    """The batch as if every row were of class ``k``."""
+def with_class(model: CVAE, batch: Batch, index: Tensor) -> Batch:
+    """The batch as if its rows were of the classes ``index`` (M, N)."""
     assert batch.condition is not None
-    own = model.class_table[k].expand(*batch.condition.shape[:2], -1)
-    rest = batch.condition[..., own.shape[-1] :]
-    index = torch.full(batch.condition.shape[:2], k, device=batch.values.device)
+    own = model.class_table[index]
+    rest = batch.condition[..., own.shape[-1] :].expand(*index.shape, -1)
     return replace(batch, condition=torch.cat([own, rest], dim=-1), class_index=index)
+
+
+def of_rows(batch: Batch, chosen: Tensor) -> Batch:
+    """The rows (M, U) of each member's batch."""
+
+    def of(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        part = part.expand(len(chosen), batch.values.shape[1], *part.shape[2:])
+        return part.gather(1, chosen.reshape(*chosen.shape, *[1] * (part.dim() - 2)).expand(-1, -1, *part.shape[2:]))
+
+    parts = {f.name: of(getattr(batch, f.name)) for f in fields(batch)}
+    return Batch(**parts)  # type: ignore[arg-type]  # values are never None
