@@ -435,6 +435,9 @@ def edit(
     keep_detail: Annotated[
         bool, typer.Option("--keep-detail", help="Put back what the reconstruction lacks of each row.")
     ] = False,
+    strength: Annotated[
+        float, typer.Option(help="Move the style along with the condition: 1 as far as the rows of training do.")
+    ] = 0.0,
     rows: FirstRows = None,
     columns: Columns = None,
     missing_condition: Missing = MissingCondition.refuse,
@@ -454,13 +457,13 @@ def edit(
 
         as_picture = report.check_output(output, picture=True)
         opened = jobs.open_model(model, device=device, missing_condition=missing_condition.value)
-        wanted = jobs.named_values(opened, to, "--to")
+        change = jobs.Change(jobs.named_values(opened, to, "--to"), keep_detail, strength)
         csv = _csv(delimiter, encoding, decimal, thousands)
         read = jobs.rows_to_show(opened, data, rows, condition, csv, as_picture=as_picture, flag="--from")
         if as_picture:
-            report.grid(output, jobs.edit_images(opened, read, wanted, keep_detail=keep_detail, columns=columns))
+            report.grid(output, jobs.edit_images(opened, read, change, columns))
         else:
-            report.written(output, read.table(jobs.edit_rows(opened, read, wanted, keep_detail=keep_detail)))
+            report.written(output, read.table(jobs.edit_rows(opened, read, change)))
         report.left_out(read.faults)
 
 

@@ -104,14 +104,22 @@ def impute_draws(
     return np.where(encoded.observed, encoded.values, drawn)
 
 
-def change_condition(model: FittedModel, encoded: Encoded, wanted: Encoded, *, keep_detail: bool) -> FloatArray:
+def change_condition(
+    model: FittedModel, encoded: Encoded, wanted: Encoded, *, keep_detail: bool, strength: float = 0.0
+) -> FloatArray:
     """The rows as they would be under the conditions of ``wanted``, z kept: encoded values (N, D).
 
     z is the posterior mean under the rows' own conditions. With ``keep_detail`` what the reconstruction
-    under the own condition lacks is put back, so that only what the condition changes does change.
+    under the own condition lacks is put back, so that only what the condition changes does change. With
+    ``strength`` z moves along, so many times as far as it does on average over the training rows.
     """
-    z = model.engine.posterior_mean(encoded)
-    changed = decode(model, z, wanted)
+    engine = model.engine
+    z = engine.posterior_mean(encoded)
+    moved = z
+    if strength:
+        assert engine.drift is not None
+        moved = z + strength * (engine.conditions(wanted) - engine.conditions(encoded)) @ engine.drift
+    changed = decode(model, moved, wanted)
     if not keep_detail:
         return changed
     # Only numbers have details to add; a level is another one or the same.

@@ -23,4 +23,4 @@ IMAGES: dict[str, Any] = {
     "batch_size": 128,
     "mixed_precision": True,
 }
-"""For columns of images: one convolutional network, one sample of z per score, trained in bfloat16 where it is quick."""
+"""For columns of images: one convolutional network, one sample of z per score, bfloat16 in training if possible."""

@@ -63,6 +63,8 @@ class ScoringEngine:
     noise : (S, Z) fixed low-discrepancy points, stored with the model
     aggregate : the prior at scoring time; None for the training prior
     scaling : location and scale of the real columns per class; None without classes
+    drift : (C, Z) how the posterior mean moves along with the condition, on average over the training rows; None
+        without a condition that the networks are told
     """
 
     model: CVAE
@@ -72,6 +74,7 @@ class ScoringEngine:
     members_per_class: int | None = None
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
+    drift: FloatArray | None = None
     chunk_rows: int | None = None
 
     @property
@@ -307,6 +310,11 @@ class ScoringEngine:
             return shared
         own = tensor(continuous, self.device, self.noise.dtype).unsqueeze(0)
         return torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1)
+
+    def conditions(self, encoded: Encoded) -> FloatArray:
+        """The condition vector of every row, (N, C)."""
+        assert self.class_table is not None
+        return np.concatenate([_numpy(self.class_table)[encoded.class_index], encoded.continuous], axis=1)
 
     def _chunks(self, encoded: Encoded, *, padded: bool = False, n_samples: int | None = None) -> Iterator[Chunk]:
         """Rows class by class; ``padded`` repeats the last row of a short chunk, so that few shapes occur.

@@ -42,7 +42,8 @@ class TrainingSettings:
 
     ``patience`` counts epochs without a better held-out negative ELBO; ``clip_norm`` bounds each member's
     gradient; ``mask_rate`` is the share of rows that have a random part of their cells hidden, of images in
-    ``mask_shapes``. ``mixed_precision`` takes products and convolutions in bfloat16. ``checkpoint`` is a file to continue from, and to note progress in.
+    ``mask_shapes``; ``mixed_precision`` takes products and convolutions in bfloat16. ``checkpoint`` is a file
+    to continue from, and to note progress in.
     """
 
     max_steps: int
@@ -151,9 +152,7 @@ class _Loop:
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
         )
-        self.precision = torch.autocast(
-            device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device)
-        )
+        self.precision = torch.autocast(device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device))
         members = len(training_rows)
         self.best_loss = torch.full((members,), torch.inf, dtype=torch.float64, device=device)
         self.best = [p.detach().clone() for p in self.parameters]

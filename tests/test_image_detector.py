@@ -290,6 +290,23 @@ def test_detail_is_kept_where_the_condition_changes_nothing(fitted: CVAEDetector
     assert (fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES) != NEW).any()
 
 
+def test_strength_moves_z_as_far_as_the_classes_lie_apart(fitted: CVAEDetector, tmp_path: Path) -> None:
+    engine = fitted.model_.engine
+    assert engine.drift is not None
+    assert engine.drift.shape == (2, fitted.transform(NEW, condition=NEW_CLASSES).shape[1])
+    z = fitted.transform(IMAGES, condition=CLASSES)
+    apart = z[CLASSES == 1].mean(axis=0) - z[CLASSES == 0].mean(axis=0)
+    np.testing.assert_allclose(engine.drift[1] - engine.drift[0], apart, atol=0.15)
+    plain, moved = (fitted.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES, strength=strength) for strength in (0.0, 2.0))
+    assert (plain != moved).any()
+    same = fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES, strength=2.0)
+    np.testing.assert_array_equal(same, fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES))
+    loaded = CVAEDetector.load(fitted.save(tmp_path / "model"), device="cpu")
+    np.testing.assert_array_equal(loaded.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES, strength=2.0), moved)
+    with pytest.raises(ParameterError, match="strength must be a finite number, not nan"):
+        fitted.edit(NEW, NEW_CLASSES, 1, strength=np.nan)
+
+
 def test_an_edited_table_carries_its_new_condition(mixed: CVAEDetector) -> None:
     new = table(seed=1).iloc[:10].set_index(np.arange(10) + 100)
     edited = mixed.edit(new, condition_to={"type": "post"})

@@ -5,6 +5,7 @@ from anomaly_cvae.jobs.evaluation import Evaluated, evaluate_model
 from anomaly_cvae.jobs.explanation import Explanation, explain_rows, explain_tables
 from anomaly_cvae.jobs.generation import generate_rows, named_values
 from anomaly_cvae.jobs.images import (
+    Change,
     Grid,
     complete_images,
     edit_images,
@@ -28,6 +29,7 @@ from anomaly_cvae.jobs.thresholds import recalibrate_model
 from anomaly_cvae.jobs.training import Plan, Trained, prepare, train
 
 __all__ = [
+    "Change",
     "Evaluated",
     "Explanation",
     "Grid",

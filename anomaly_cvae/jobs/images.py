@@ -36,6 +36,15 @@ HALVES: Mapping[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
+class Change:
+    """Conditions that rows are to have, and how: see `CVAEDetector.edit`."""
+
+    to: Mapping[str, Level]
+    keep_detail: bool = False
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
 class Grid:
     """Images (rows, columns, height, width, 3) of bytes; ``lines`` says what each row is, "" where it needs no word."""
 
@@ -84,18 +93,18 @@ def reconstruct_images(model: OpenModel, rows: Rows, columns: int | None = None)
     return _one_above_the_other((_seen(rows, name, form), below), columns)
 
 
-def edit_images(
-    model: OpenModel, rows: Rows, to: Mapping[str, Level], *, keep_detail: bool = False, columns: int | None = None
-) -> Grid:
+def edit_images(model: OpenModel, rows: Rows, change: Change, columns: int | None = None) -> Grid:
     """Every image, and below it what it would be under other conditions."""
     name, form = image_of(model)
-    below = rgb(edit_rows(model, rows, to, keep_detail=keep_detail)[name], form)
+    below = rgb(edit_rows(model, rows, change)[name], form)
     return _one_above_the_other((_seen(rows, name, form), below), columns)
 
 
-def edit_rows(model: OpenModel, rows: Rows, to: Mapping[str, Level], *, keep_detail: bool = False) -> pd.DataFrame:
+def edit_rows(model: OpenModel, rows: Rows, change: Change) -> pd.DataFrame:
     """The rows as they would be under other conditions."""
-    edited: pd.DataFrame = model.reader.edit(rows.frame, condition_to=dict(to), keep_detail=keep_detail)
+    edited: pd.DataFrame = model.reader.edit(
+        rows.frame, condition_to=dict(change.to), keep_detail=change.keep_detail, strength=change.strength
+    )
     return edited
 
 
