@@ -23,7 +23,7 @@ from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.inputs import Layout
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import AggregatePosterior
-from anomaly_cvae.scoring import ScoringEngine
+from anomaly_cvae.scoring import Precision, ScoringEngine
 
 FORMAT_VERSION = 3
 """2: thresholds say who set them. 3: images. Formats 1 and 2 are read, too."""
@@ -111,14 +111,16 @@ def load(path: str | Path, device: torch.device) -> Bundle:
     description, detector = _read_json(folder / MODEL), _read_json(folder / DETECTOR)
     encoder = Encoder.from_json(description["encoder"])
     weights = _in_todays_names(load_file(folder / WEIGHTS))
-    engine = _load_engine(description, encoder, weights, device)
+    parameters = {name: _from_plain(value) for name, value in detector["parameters"].items()}
+    precision: Precision = "bfloat16" if parameters.get("mixed_precision") is True else "float32"
+    engine = _load_engine(description, encoder, weights, device, precision)
     frequency = np.array(description["class_frequency"])
     plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in detector["layout"].items()}
     layout = Layout(**plain)
     return Bundle(
         model=FittedModel(encoder, engine, frequency, _load_calibration(folder)),
         layout=layout,
-        parameters={name: _from_plain(value) for name, value in detector["parameters"].items()},
+        parameters=parameters,
         history=_load_history(folder),
     )
 
@@ -247,7 +249,11 @@ def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
 
 
 def _load_engine(
-    description: Mapping[str, Any], encoder: Encoder, weights: dict[str, torch.Tensor], device: torch.device
+    description: Mapping[str, Any],
+    encoder: Encoder,
+    weights: dict[str, torch.Tensor],
+    device: torch.device,
+    precision: Precision,
 ) -> ScoringEngine:
     shape = description["architecture"]
     tuples = {name: tuple(shape[name]) for name in ("hidden_dims", "channels") if name in shape}
@@ -273,6 +279,7 @@ def _load_engine(
         aggregate=aggregate,
         scaling=scaling,
         drift=weights["drift"].numpy() if "drift" in weights else None,
+        precision=precision,
     )
 
 

@@ -167,6 +167,8 @@ class Reference:
 
     def level_of(self, observed: BoolArray) -> IntArray:
         """The nearest level for each row of a mask (N, D)."""
+        if observed.all():
+            return np.full(len(observed), int(np.abs(self.levels).argmin()), dtype=np.int64)
         missing = (~observed).sum(axis=1)
         distance = np.abs(missing[:, None] - self.levels).astype(np.float64)
         if len(self.levels) > 1:
@@ -179,9 +181,11 @@ class Reference:
         """What a normal row's observed cells cost on average, (N,), nats."""
         if self.offsets is None:
             return np.zeros(len(groups))
-        offset: FloatArray = (self.offsets[groups] * observed).sum(axis=1)
         # Complete rows of a group share one number, to the last bit.
-        return np.where(observed.all(axis=1), self.offsets.sum(axis=1)[groups], offset)
+        offset: FloatArray = self.offsets.sum(axis=1)[groups]
+        partly = np.flatnonzero(~observed.all(axis=1)) if not observed.all() else np.zeros(0, dtype=np.int64)
+        offset[partly] = (self.offsets[groups[partly]] * observed[partly]).sum(axis=1)
+        return offset
 
     def calibrated(self, scores: FloatArray, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Scores (N,) on their group's scale."""
@@ -445,7 +449,9 @@ def _cells(levels: IntArray, groups: IntArray) -> list[tuple[int, int, IntArray]
     """The rows of every (level, group) that occurs."""
     if not len(levels):
         return []
-    pairs, inverse = np.unique(np.stack([levels, groups]), axis=1, return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(inverse))[:-1])
-    return [(int(level), int(group), rows) for (level, group), rows in zip(pairs.T, parts, strict=True)]
+    n_groups = int(groups.max()) + 1
+    both = levels * n_groups + groups
+    counts = np.bincount(both)
+    order = np.argsort(both.astype(np.min_scalar_type(len(counts))), kind="stable")
+    parts = np.split(order, np.cumsum(counts)[:-1])
+    return [(pair // n_groups, pair % n_groups, rows) for pair, rows in enumerate(parts) if len(rows)]

@@ -35,7 +35,10 @@ from anomaly_cvae.inputs import (
 )
 from anomaly_cvae.objectives import objective
 from anomaly_cvae.parameters import CHOICES, check_parameters
+from anomaly_cvae.parquet_rows import Inputs, ParquetTable
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
+from anomaly_cvae.row_sample import draw_sample
+from anomaly_cvae.row_stream import BYTES_PER_CELL, FIT_MEMORY_BYTES, LEAST_SAMPLE, RowStream
 from anomaly_cvae.schema import (
     Column,
     Condition,
@@ -46,7 +49,7 @@ from anomaly_cvae.schema import (
     infer_condition,
     observed_classes,
 )
-from anomaly_cvae.scoring import resolve_device
+from anomaly_cvae.scoring import Precision, resolve_device
 from anomaly_cvae.training import Training, TrainingSettings
 
 FLAGGED = -np.finfo(np.float64).tiny
@@ -112,8 +115,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     checkpoint : file to note progress in, and to continue an interrupted fit of the same rows from
     device : "auto", "cpu", "cuda", "mps"
     dtype : "float32" or "float64"
-    mixed_precision : train with products and convolutions in bfloat16, where the hardware has it; weights, sums and
-        scores stay in ``dtype``
+    mixed_precision : "training" takes products and convolutions in bfloat16 where the hardware has it, weights and
+        sums stay in ``dtype``; True does so in scores, too, which then agree with the others to about 1 in 500
     random_state : int, RandomState or None; the only source of randomness
     verbose : 0 silent, 1 progress bar, 2 a line per epoch
 
@@ -128,6 +131,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     """
 
     model_: FittedModel
+    split_: Split
 
     def __init__(
         self,
@@ -167,7 +171,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         checkpoint: str | Path | None = None,
         device: str = "auto",
         dtype: str = "float32",
-        mixed_precision: bool = False,
+        mixed_precision: bool | str = False,
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:
@@ -225,18 +229,74 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         TrainingDivergedError
             If the loss becomes infinite; names column and step.
         """
+        return self._fit(X, y, condition)
+
+    @with_callbacks
+    def fit_files(
+        self, inputs: Inputs, *, columns: Sequence[str] | None = None, memory_bytes: int = FIT_MEMORY_BYTES
+    ) -> Self:
+        """Train and calibrate on the normal rows of Parquet files, which may be more than memory holds.
+
+        Parameters
+        ----------
+        inputs : a file, a folder of files, or a list of these
+        columns : those of the files to use, conditions included; None: all
+        memory_bytes : what the rows may take, roughly. If all fit, the result is exactly that of `fit` on the
+            whole table. Else scaling, early stopping, thresholds and the prior come from a random sample, and
+            training passes over all other rows; then ``split_`` numbers rows of the whole table, and its
+            ``training`` are only those of the sample.
+
+        Raises
+        ------
+        DataError, ConditionError, ParameterError
+            As `fit`, naming file and row; and if a file is no Parquet file, is damaged, or has other columns
+            than the first.
+        TrainingDivergedError
+            If the loss becomes infinite; names column and step.
+        """
+        check_parameters(self)
+        check_count(memory_bytes, "memory_bytes")
+        table = ParquetTable.of(inputs)
+        table = table if columns is None else table.select(columns)
+        n_rows = max(LEAST_SAMPLE, memory_bytes // (BYTES_PER_CELL * len(table.columns)))
+        if table.n_rows <= n_rows:
+            frame = table.frame()
+            with table.rows_named(np.arange(len(frame))):
+                return self._fit(frame, None, None)
+        random_state = check_random_state(self.random_state)
+        stream = self._stream(table, n_rows, int(random_state.randint(np.iinfo(np.int32).max)))
+        places = stream.sample.positions
+        with table.rows_named(places):
+            self._fit(stream.frame(table.columns), None, None, stream, random_state)
+        of_sample = self.split_
+        self.split_ = Split(places[of_sample.training], places[of_sample.validation], places[of_sample.calibration])
+        return self
+
+    def _stream(self, table: ParquetTable, n_rows: int, seed: int) -> RowStream:
+        """The files with a sample of ``n_rows`` of their rows; ignored columns are not read."""
+        names = pd.DataFrame(columns=list(table.columns))
+        conditions = resolve_names(self.condition_columns, names, "condition_columns")
+        ignored = resolve_names(self.ignore_columns, names, "ignore_columns")
+        used = [name for name in table.columns if name not in ignored]
+        kinds = resolve_keys(self.column_kinds, names, "column_kinds")
+        table = table.select(used)
+        may_miss = self.objective == "semi_supervised"
+        sample = draw_sample(table, n_rows, [str(name) for name in conditions], kinds, seed, may_miss=may_miss)
+        return RowStream(table, sample, seed)
+
+    def _fit(self, X: Any, y: Any, condition: Any, stream: RowStream | None = None, random_state: Any = None) -> Self:
         check_parameters(self)
         features = feature_frame(self, X, reset=True)
         self.layout_, frame = self._read_layout(X, features, condition)
-        self.schema_, likelihoods = self._infer_schema(features, frame)
+        self.schema_, likelihoods = self._schema_of(features, frame, stream)
         if self.checkpoint is not None:
             checkpoints.check_place(Path(self.checkpoint))
-        settings, random_state = self._fit_settings(), check_random_state(self.random_state)
+        settings, random_state = self._fit_settings(), random_state or check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
-            fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter)
+            fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter, stream)
         self.model_ = fit.model
         self.history_ = self._history(fit.training)
-        self.split_: Split = fit.split
+        self.split_ = fit.split
         self._n_features_out = fit.model.engine.noise.shape[1]
         if fit.training.stopped_by == "interrupt":
             warnings.warn(
@@ -245,6 +305,21 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
                 stacklevel=2,
             )
         return self
+
+    def _schema_of(
+        self, features: pd.DataFrame, frame: pd.DataFrame, stream: RowStream | None
+    ) -> tuple[Schema, dict[Name, str]]:
+        if stream is None:
+            return self._infer_schema(features, frame)
+        seen = stream.sample.seen.reindex(columns=features.columns)
+        with stream.table.rows_named(stream.sample.seen_positions):
+            schema, likelihoods = self._infer_schema(seen, seen)
+        if schema.images:
+            raise DataError(
+                f"column {schema.images[0].name!r} holds images: fit_files reads tables in parts; raise memory_bytes "
+                "to take in all of them"
+            )
+        return schema, likelihoods
 
     def infer_schema(self, X: Any, *, condition: Any = None) -> Schema:
         """What `fit` would take the columns and conditions of ``X`` for; nothing is trained or stored.
@@ -361,7 +436,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             mask_rate=self.mask_rate,
             mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
             patience=self.patience,
-            mixed_precision=self.mixed_precision,
+            mixed_precision=bool(self.mixed_precision),
             checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
         )
         return FitSettings(
@@ -383,6 +458,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             inference_head=self.inference_head or self.objective == "semi_supervised",
             condition_on_observed=self.condition_on_observed,
             with_parts=self.score_kind == "parts",
+            precision="bfloat16" if self.mixed_precision is True else "float32",
         )
 
     def _history(self, training: Training) -> pd.DataFrame:
@@ -483,14 +559,15 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         encoded = self._encode(X, condition)
         kind: ScoreKind = self._kind()
         scores = self.model_.scores_of_kinds(encoded, {"elbo", kind, *(("contrast",) if contrast else ())})
-        decisions = self._decisions(encoded, scores[kind])
+        thresholds = self._thresholds(encoded)
+        decisions = self._decisions(encoded, scores[kind], thresholds)
         names = np.array([*self.schema_.class_names, None], dtype=object)
         table = pd.DataFrame(
             {
                 "condition": self._class_labels(X, condition, encoded, names),
                 "negative_elbo": scores["elbo"],
                 "score": scores[kind],
-                "threshold": self._thresholds(encoded),
+                "threshold": thresholds,
                 "p_value": self._p_values(encoded, scores[kind]),
                 "is_anomaly": decisions < 0,
             },
@@ -675,8 +752,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         return bundle.save(saved, path, __version__)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto") -> Self:
-        """Read a detector that `save` wrote, onto any device.
+    def load(cls, path: str | Path, *, device: str = "auto", mixed_precision: bool | str | None = None) -> Self:
+        """Read a detector that `save` wrote, onto any device; ``mixed_precision`` other than it was fitted with.
 
         Raises
         ------
@@ -685,6 +762,11 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         """
         saved = bundle.load(path, resolve_device(device, torch.float64 if device == "auto" else torch.float32))
         detector = cls(**saved.parameters)
+        if mixed_precision is not None:
+            detector.mixed_precision = mixed_precision
+            check_parameters(detector)
+            precision: Precision = "bfloat16" if mixed_precision is True else "float32"
+            saved = replace(saved, model=replace(saved.model, engine=replace(saved.model.engine, precision=precision)))
         detector.model_, detector.layout_, detector.history_ = saved.model, saved.layout, saved.history
         detector.schema_ = saved.model.encoder.schema
         detector.n_features_in_ = len(saved.layout.columns)
@@ -721,8 +803,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     def _thresholds(self, encoded: Encoded) -> FloatArray:
         return self._calibration().thresholds(self._kind(), self.model_.groups(encoded), encoded.observed)
 
-    def _decisions(self, encoded: Encoded, scores: FloatArray) -> FloatArray:
-        decisions = self._thresholds(encoded) - scores
+    def _decisions(self, encoded: Encoded, scores: FloatArray, thresholds: FloatArray | None = None) -> FloatArray:
+        decisions = (self._thresholds(encoded) if thresholds is None else thresholds) - scores
         if self.unseen_class == "anomaly":
             return np.where(self._is_unseen(encoded), np.minimum(decisions, FLAGGED), decisions)
         return decisions

@@ -15,6 +15,7 @@ from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_ce
 from anomaly_cvae.images import as_cells, read_images, to_images
 from anomaly_cvae.schema import Column, Condition, Name, Schema, check_counts, check_same_type
 
+ROWS_AT_A_TIME = 2_048
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
 LEAST_CLASS_SCALE = 1e-3
@@ -216,18 +217,39 @@ class Encoder:
         ConditionError
             If a continuous condition is missing.
         """
-        dtype = np.float32 if self.schema.images else np.float64
-        values = np.empty((len(frame), self.n_cells), dtype=dtype)
+        values, observed = self._encode_images(frame) if self.schema.images else self._encode_table(frame)
+        if not with_condition:
+            absent = np.full(len(frame), -1, dtype=np.int64)
+            return Encoded(values, observed, absent, np.zeros((len(frame), 0)))
+        return Encoded(values, observed, *self.encode_conditions(frame))
+
+    def _encode_images(self, frame: pd.DataFrame) -> tuple[FloatArray, BoolArray]:
+        values = np.empty((len(frame), self.n_cells), dtype=np.float32)
         observed = np.ones(values.shape, dtype=np.bool_)
         for cells, place, fitted in zip(self.slices, self.order, self.columns, strict=True):
             column = self.schema.columns[place]
             found, there = _encode_column(column, fitted, frame[column.name])
             shape = (len(frame), fitted.width)
             values[:, cells], observed[:, cells] = found.reshape(shape), there.reshape(shape)
-        if not with_condition:
-            absent = np.full(len(frame), -1, dtype=np.int64)
-            return Encoded(values, observed, absent, np.zeros((len(frame), 0)))
-        return Encoded(values, observed, *self.encode_conditions(frame))
+        return values, observed  # type: ignore[return-value]  # float32, which holds pixels exactly
+
+    def _encode_table(self, frame: pd.DataFrame) -> tuple[FloatArray, BoolArray]:
+        values, observed = np.empty((len(frame), self.n_cells)), np.ones((len(frame), self.n_cells), dtype=np.bool_)
+        # Column by column, but few rows at a time: a column of a large row-major array touches all of its memory.
+        by_column = np.empty((self.n_cells, min(len(frame), ROWS_AT_A_TIME)))
+        encoded = [
+            _encode_column(self.schema.columns[place], fitted, frame[self.schema.columns[place].name])
+            for place, fitted in zip(self.order, self.columns, strict=True)
+        ]
+        for first in range(0, len(frame), ROWS_AT_A_TIME):
+            rows = slice(first, min(first + ROWS_AT_A_TIME, len(frame)))
+            for cells, (found, _) in zip(by_column, encoded, strict=True):
+                cells[: rows.stop - first] = found[rows]
+            values[rows] = by_column[:, : rows.stop - first].T
+        for place, (_, there) in enumerate(encoded):
+            if not there.all():
+                observed[:, place] = there
+        return values, observed
 
     def encode_conditions(self, frame: pd.DataFrame) -> tuple[IntArray, FloatArray]:
         """Class of each row (N,), -1 missing and K unknown, and standardised continuous conditions (N, Q)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -16,7 +17,7 @@ from anomaly_cvae.calibration import HELD_OUT, rows_needed
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
-from anomaly_cvae.frames import FloatArray, IntArray
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import (
     MAX_FITTED_ROWS,
@@ -25,9 +26,10 @@ from anomaly_cvae.priors import (
     DiagonalNormal,
     number_of_components,
 )
+from anomaly_cvae.row_stream import RowStream
 from anomaly_cvae.rows import DeviceRows, class_conditions, tensor
 from anomaly_cvae.schema import Name, Schema
-from anomaly_cvae.scoring import ScoringEngine, low_discrepancy_normal
+from anomaly_cvae.scoring import Precision, ScoringEngine, low_discrepancy_normal
 from anomaly_cvae.training import Epoch, Training, TrainingSettings, train
 
 MAX_CALIBRATION_ROWS = 10_000
@@ -67,6 +69,7 @@ class FitSettings:
     inference_head: bool = False
     condition_on_observed: bool = False
     with_parts: bool = False
+    precision: Precision = "float32"
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,12 @@ def fit_model(
     settings: FitSettings,
     random_state: np.random.RandomState,
     on_epoch: Callable[[Epoch], bool] | None = None,
+    stream: RowStream | None = None,
 ) -> Fit:
     """Train a bank on the normals of ``frame`` and calibrate it.
 
     The rows are split before anything is learned of them: scaling, too, comes from training rows alone.
+    ``stream`` says that ``frame`` is but a sample of more rows than memory holds, and has them all for training.
 
     Raises
     ------
@@ -111,12 +116,18 @@ def fit_model(
     class_index = schema.class_index_of(frame)
     check_class_sizes(class_index, schema, settings)
     held_out = 0.0 if settings.contamination is not None else settings.calibration_fraction
-    split = split_rows(class_index, n_classes, settings.validation_fraction, held_out, np.random.default_rng(seeds[0]))
+    rng = np.random.default_rng(seeds[0])
+    if stream is None:
+        split = split_rows(class_index, n_classes, settings.validation_fraction, held_out, rng)
+    else:
+        split = split_sample(stream, class_index, schema, settings.validation_fraction, held_out, rng)
     encoder = Encoder.fit(schema, frame.iloc[split.training], likelihoods)
     encoded = encoder.encode(frame)
     engine = build_engine(encoder, encoded.take(split.training), settings, int(seeds[1]))
-    training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch)
-    frequency = np.bincount(class_index[class_index >= 0], minlength=n_classes) / (class_index >= 0).sum()
+    training = _train(engine, encoder, encoded, split, settings, int(seeds[2]), on_epoch, stream)
+    counts = np.bincount(class_index[class_index >= 0], minlength=n_classes)
+    counts = counts if stream is None else stream.class_counts(schema)
+    frequency = counts / counts.sum()
     model = FittedModel(encoder, engine, frequency)
     encoded = with_probable_class(model, encoded)
     fix_prior(engine, encoded.take(split.training), settings, int(seeds[3]))
@@ -246,6 +257,20 @@ def split_rows(
     return Split(*shuffled)
 
 
+def split_sample(
+    stream: RowStream, class_index: IntArray, schema: Schema, validation: float, calibration: float,
+    rng: np.random.Generator,
+) -> Split:  # fmt: skip
+    """Split the sample of a stream as the stream splits all its rows; `split_rows` says how many are held out."""
+    early, late = stream.held_out(stream.sample.positions, class_index, schema, validation, calibration)
+    parts = [np.flatnonzero(~early & ~late)]
+    for part, most in ((early, MAX_VALIDATION_ROWS), (late, MAX_CALIBRATION_ROWS)):
+        chosen = rng.permutation(np.flatnonzero(part))
+        own = [chosen[class_index[chosen] == k][:most] for k in range(-1, len(schema.classes))]
+        parts.append(rng.permutation(np.concatenate(own)))
+    return Split(*parts)
+
+
 def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed: int) -> ScoringEngine:
     """An untrained bank in its engine, made for the training rows ``encoded``."""
     schema, per_class = encoder.schema, settings.conditioning == "per_class"
@@ -296,6 +321,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         members_per_class=settings.n_estimators if per_class else None,
         aggregate=None if aggregate is None else aggregate.to(device=device, dtype=dtype),
         scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if scaled else None,
+        precision=settings.precision,
     )
 
 
@@ -307,6 +333,7 @@ def _train(
     settings: FitSettings,
     seed: int,
     on_epoch: Callable[[Epoch], bool] | None,
+    stream: RowStream | None,
 ) -> Training:
     names = [str(column.name) for column in encoder.columns for _ in range(column.width)]
     per_class = engine.members_per_class
@@ -315,17 +342,49 @@ def _train(
         where = f"column {names[column]!r}" if column >= 0 else "the latent code"
         return where if per_class is None else f"{where}, class {encoder.schema.class_names[member // per_class]!r}"
 
-    return train(
-        engine.model,
-        DeviceRows.of(encoded, engine.class_table, engine.scaling, engine.device, engine.noise.dtype),
-        _rows_of_members(engine, encoded, split.training, split.training),
-        _rows_of_members(engine, encoded, split.validation, split.training),
-        settings.training,
-        generator=torch.Generator(engine.device).manual_seed(seed),
-        validation_noise=engine.noise,
-        on_epoch=on_epoch,
-        describe=describe,
+    def to_device(some: Encoded) -> DeviceRows:
+        may_miss = stream is not None
+        table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
+        return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss)
+
+    rows = to_device(encoded)
+    with _refreshed(stream, encoder, encoded, rows, split.training, settings, to_device) as refresh:
+        return train(
+            engine.model,
+            rows,
+            _rows_of_members(engine, encoded, split.training, split.training),
+            _rows_of_members(engine, encoded, split.validation, split.training),
+            settings.training,
+            generator=torch.Generator(engine.device).manual_seed(seed),
+            validation_noise=engine.noise,
+            on_epoch=on_epoch,
+            describe=describe,
+            refresh=refresh,
+        )
+
+
+@contextmanager
+def _refreshed(
+    stream: RowStream | None, encoder: Encoder, encoded: Encoded, rows: DeviceRows, slots: IntArray,
+    settings: FitSettings, to_device: Callable[[Encoded], DeviceRows],
+) -> Iterator[Callable[[int], None] | None]:  # fmt: skip
+    """What brings new rows of the stream into the ``slots`` of ``rows`` before each step; None without a stream."""
+    if stream is None:
+        yield None
+        return
+    shares = (
+        settings.validation_fraction,
+        0.0 if settings.contamination is not None else settings.calibration_fraction,
     )
+
+    def is_training(positions: IntArray, classes: IntArray) -> BoolArray:
+        early, late = stream.held_out(positions, classes, encoder.schema, *shares)
+        return ~early & ~late
+
+    networks = len(encoder.schema.classes) if settings.conditioning == "per_class" else 1
+    per_step, own = networks * settings.training.batch_size, encoded.class_index[slots]
+    with stream.feed(encoder, rows, slots, own, per_step, to_device, is_training) as refresh:
+        yield refresh
 
 
 def _rows_of_members(

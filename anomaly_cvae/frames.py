@@ -112,6 +112,8 @@ def numeric_cells(cells: pd.Series, name: object) -> FloatArray:
     DataError
         If a cell is not a number or is infinite; the first such row is named (counted from 0).
     """
+    if isinstance(cells.dtype, np.dtype) and cells.dtype.kind in "fiu":
+        return _without_infinity(cells.to_numpy(dtype=np.float64), name)
     if cells.isna().all():
         return np.full(len(cells), np.nan)
     if isinstance(cells.dtype, pd.CategoricalDtype):
@@ -125,6 +127,13 @@ def numeric_cells(cells: pd.Series, name: object) -> FloatArray:
         values = cells.to_numpy(dtype=np.float64, na_value=np.nan)
     except (TypeError, ValueError):  # decimals and other number-like objects
         values = pd.to_numeric(cells).to_numpy(dtype=np.float64, na_value=np.nan)
+    return _without_infinity(values, name)
+
+
+def _without_infinity(values: FloatArray, name: object) -> FloatArray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum()):  # one quick pass: a sum is finite only if every cell is
+            return values
     infinite = np.flatnonzero(np.isinf(values))
     if infinite.size:
         raise DataError(

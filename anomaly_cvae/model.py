@@ -292,7 +292,7 @@ class CVAE(nn.Module):
         ]
         return torch.cat(held, dim=-1)
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """Numbers that the widest layer makes of one row and sample."""
         channels = self.architecture.channels

@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mask_shapes": ("mixed", "quadrants", "cells"),
     "inference_head": (True, False),
     "condition_on_observed": (True, False),
-    "mixed_precision": (True, False),
+    "mixed_precision": (True, False, "training"),
     "dtype": ("float32", "float64"),
 }
 WHOLE_FROM_ONE = ("n_estimators", "train_samples", "n_samples", "max_steps", "batch_size", "patience")

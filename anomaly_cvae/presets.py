@@ -21,6 +21,6 @@ IMAGES: dict[str, Any] = {
     "n_samples": 1,
     "mask_rate": 0.0,
     "batch_size": 128,
-    "mixed_precision": True,
+    "mixed_precision": "training",
 }
 """For columns of images: one convolutional network, one sample of z per score, bfloat16 in training if possible."""

@@ -92,7 +92,7 @@ class Mixture:
         constant = -0.5 * (own_log_variance + own_mean.square() * precision).sum(-1, keepdim=True)
         components = torch.cat([-0.5 * precision, own_mean * precision, constant, torch.ones_like(constant)], dim=-1)
         exponent = self._weight() + torch.matmul(rows, components.mT)
-        return -torch.logsumexp(exponent, dim=-1, keepdim=True).to(posterior.mean.dtype)
+        return -_logsumexp(exponent, posterior.mean.dtype).unsqueeze(-1)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of samples (M, S, N, Z): (M, S, N); the squares are expanded into one product, as above."""
@@ -102,7 +102,7 @@ class Mixture:
         constant = -0.5 * (own_log_variance + own_mean.square() * precision + LOG_TWO_PI).sum(-1, keepdim=True)
         components = torch.cat([-0.5 * precision, own_mean * precision, constant], dim=-1)
         per_component = torch.matmul(rows, components.mT.unsqueeze(1))
-        return torch.logsumexp(self._weight().unsqueeze(1) + per_component, dim=-1).to(z.dtype)
+        return _logsumexp(self._weight().unsqueeze(1) + per_component, z.dtype)
 
     def _weight(self) -> Tensor:
         """Log-weights (M, N or 1, J)."""
@@ -115,6 +115,13 @@ class Mixture:
         index = chosen.unsqueeze(-1).expand(-1, -1, self.mean.shape[-1])
         mean, log_variance = self.mean.gather(1, index), self.log_variance.gather(1, index)
         return mean + torch.exp(0.5 * log_variance) * torch.empty_like(mean).normal_(generator=generator)
+
+
+def _logsumexp(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """log sum exp over the last axis, in ``dtype`` from the largest exponent on: its digits below that do not count."""
+    largest = exponent.amax(dim=-1, keepdim=True)
+    rest = (exponent - largest).to(dtype)
+    return (largest.squeeze(-1) + torch.log(torch.exp(rest).sum(-1))).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anomaly_cvae.encoding import ClassScaling, Encoded
-from anomaly_cvae.frames import FloatArray
+from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.schema import Schema
 
 
@@ -49,9 +49,14 @@ class DeviceRows:
         scaling: ClassScaling | None,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        may_miss: bool = False,
     ) -> DeviceRows:
-        """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector."""
-        complete = bool(encoded.observed.all())
+        """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector.
+
+        ``may_miss``: rows that come later may lack cells, even if these do not.
+        """
+        complete = not may_miss and bool(encoded.observed.all())
         condition = None
         if table is not None:
             known = np.maximum(encoded.class_index, 0)
@@ -81,6 +86,14 @@ class DeviceRows:
             log_scale=None if self.log_scale is None else self.log_scale[rows],
             class_index=None if self.class_index is None else self.class_index[rows],
         )
+
+    def replace(self, places: IntArray, other: DeviceRows, rows: IntArray) -> None:
+        """Put ``rows`` of another table in the ``places`` of this one, in place."""
+        to, of = (torch.as_tensor(numbers, device=self.values.device) for numbers in (places, rows))
+        for field in fields(self):
+            own, new = getattr(self, field.name), getattr(other, field.name)
+            if own is not None:
+                own[to] = new[of]
 
 
 def tensor(values: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

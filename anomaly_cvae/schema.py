@@ -113,6 +113,10 @@ class Schema:
         """Return the class of each row, shape (N,): -1 for a missing condition, K for one not seen."""
         if not cells:
             raise ValueError("class_index needs at least one categorical condition")
+        if len(cells) == 1:
+            codes = cells[0].codes
+            lookup = np.array([self._class_of((code,), cells) for code in range(len(cells[0].levels))], dtype=np.int64)
+            return np.where(codes < 0, -1, lookup[codes]) if len(lookup) else np.full(len(codes), -1, dtype=np.int64)
         codes, combinations = pd.factorize(pd.MultiIndex.from_arrays([c.codes for c in cells]))
         lookup = np.array([self._class_of(combination, cells) for combination in combinations], dtype=np.int64)
         return lookup[codes]

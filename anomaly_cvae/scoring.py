@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from anomaly_cvae.encoding import ClassScaling, Encoded
+from anomaly_cvae.encoding import LARGEST_VALUE, ClassScaling, Encoded
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.model import CVAE, Seen, Terms
+from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import accumulator, elbo
 from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Prior
 from anomaly_cvae.rows import Batch, tensor
@@ -22,6 +25,27 @@ from anomaly_cvae.rows import Batch, tensor
 # Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
 CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
 IMAGE_FACTOR = 8
+Precision = Literal["float32", "bfloat16"]
+HALF_TOLERANCE = 5e-3
+"""Relative and absolute, of scores whose inner products are in bfloat16."""
+MOST_NARROW = np.iinfo(np.int16).max
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one class k by their places in the input, and whether no cell of the table is missing."""
+
+    places: IntArray
+    k: int
+    members: slice
+    complete: bool
+
+
+@dataclass
+class Limit:
+    """Numbers of one layer's activations that the device's memory was found to hold; None: all that were tried."""
+
+    numbers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +87,8 @@ class ScoringEngine:
     noise : (S, Z) fixed low-discrepancy points, stored with the model
     aggregate : the prior at scoring time; None for the training prior
     scaling : location and scale of the real columns per class; None without classes
+    precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
+        where the hardware does so; scores then agree with those in float32 within `HALF_TOLERANCE`
     drift : (C, Z) how the posterior mean moves along with the condition, on average over the training rows; None
         without a condition that the networks are told
     """
@@ -75,7 +101,9 @@ class ScoringEngine:
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
     drift: FloatArray | None = None
+    precision: Precision = "float32"
     chunk_rows: int | None = None
+    limit: Limit = field(default_factory=Limit, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +113,9 @@ class ScoringEngine:
     @property
     def tolerance(self) -> float:
         """How far, relative and absolute, two scores of one row may lie apart: rounding depends on the batch."""
-        return 1e-10 if self.noise.dtype == torch.float64 else 1e-5
+        if self.noise.dtype == torch.float64:
+            return 1e-10
+        return HALF_TOLERANCE if self.precision == "bfloat16" else 1e-5
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Mean over members of the negative ELBO under each row's own class, (N,), nats.
@@ -93,9 +123,11 @@ class ScoringEngine:
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
         scores = np.zeros(len(encoded))
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded, padded=True):
-                scores[chunk.places] = _numpy((-elbo(self._terms(chunk))).mean(0))
+
+        def of_chunk(chunk: Chunk) -> None:
+            scores[chunk.places] = _numpy((-elbo(self._terms(chunk))).mean(0))
+
+        self._each(of_chunk, encoded, padded=True)
         return np.where(encoded.scored.any(axis=1), scores, 0.0)
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
@@ -109,12 +141,14 @@ class ScoringEngine:
     def column_scores(self, encoded: Encoded) -> ColumnScores:
         """The exact decomposition of `negative_elbo`."""
         columns, kl = np.zeros(encoded.values.shape), np.zeros(len(encoded))
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded, padded=True):
-                terms = self._terms(chunk)
-                wide = accumulator(terms.log_prob)
-                columns[chunk.places] = _numpy(-terms.log_prob.mean(dim=(0, 1), dtype=wide))
-                kl[chunk.places] = _numpy(terms.kl.sum(-1, dtype=wide).mean(0))
+
+        def of_chunk(chunk: Chunk) -> None:
+            terms = self._terms(chunk)
+            wide = accumulator(terms.log_prob)
+            columns[chunk.places] = _numpy(-terms.log_prob.mean(dim=(0, 1), dtype=wide))
+            kl[chunk.places] = _numpy(terms.kl.sum(-1, dtype=wide).mean(0))
+
+        self._each(of_chunk, encoded, padded=True)
         empty = ~encoded.scored.any(axis=1)
         return ColumnScores(columns, np.where(empty, 0.0, kl))
 
@@ -128,9 +162,11 @@ class ScoringEngine:
         noise = torch.randn(
             (n_samples, self.noise.shape[1]), generator=self.generator(seed), dtype=self.noise.dtype, device=self.device
         )
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded, n_samples=n_samples):
-                nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, noise).mean(0))
+
+        def of_chunk(chunk: Chunk) -> None:
+            nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, noise).mean(0))
+
+        self._each(of_chunk, encoded, n_samples=n_samples)
         return np.where(encoded.scored.any(axis=1), nats, 0.0)
 
     def _log_mean_weight(self, chunk: Chunk, noise: Tensor) -> Tensor:
@@ -162,9 +198,11 @@ class ScoringEngine:
         """Mean over members of the logits of q(c | x), (N, K + A); whatever condition the rows claim."""
         n_told = self.model.architecture.n_classes + self.model.architecture.n_attributes
         logits = np.zeros((len(encoded), n_told))
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded.of_class(np.zeros(len(encoded), dtype=np.int64))):
-                logits[chunk.places] = _numpy(self.model.condition_logits(chunk.batch, chunk.members).mean(0))
+
+        def of_chunk(chunk: Chunk) -> None:
+            logits[chunk.places] = _numpy(self.model.condition_logits(chunk.batch, chunk.members).mean(0))
+
+        self._each(of_chunk, encoded.of_class(np.zeros(len(encoded), dtype=np.int64)))
         return logits
 
     def elbo_parts(self, encoded: Encoded) -> FloatArray:
@@ -175,27 +213,31 @@ class ScoringEngine:
         many of few.
         """
         parts = np.zeros((len(encoded), 4))
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded):
-                first = replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
-                terms = self._terms(first)
-                wide = accumulator(terms.log_prob)
-                columns = (
-                    -terms.log_prob.sum(-1, dtype=wide).mean(1),
-                    terms.kl.sum(-1, dtype=wide),
-                    terms.posterior.mean.square().sum(-1),
-                    _spread(terms.log_prob.mean(1, dtype=wide), chunk.batch),
-                )
-                parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)
+
+        def of_chunk(chunk: Chunk) -> None:
+            first = replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
+            terms = self._terms(first)
+            wide = accumulator(terms.log_prob)
+            columns = (
+                -terms.log_prob.sum(-1, dtype=wide).mean(1),
+                terms.kl.sum(-1, dtype=wide),
+                terms.posterior.mean.square().sum(-1),
+                _spread(terms.log_prob.mean(1, dtype=wide), chunk.batch),
+            )
+            parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)
+
+        self._each(of_chunk, encoded)
         return parts
 
     def posterior_mean(self, encoded: Encoded) -> FloatArray:
         """Latent coordinates of each row under the first member of its class, (N, Z)."""
         means = np.zeros((len(encoded), self.noise.shape[1]))
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded):
-                first = slice(chunk.members.start, chunk.members.start + 1)
-                means[chunk.places] = _numpy(self.model.encode(chunk.batch, first).mean[0])
+
+        def of_chunk(chunk: Chunk) -> None:
+            first = slice(chunk.members.start, chunk.members.start + 1)
+            means[chunk.places] = _numpy(self.model.encode(chunk.batch, first).mean[0])
+
+        self._each(of_chunk, encoded)
         return means
 
     def expected(self, encoded: Encoded) -> FloatArray:
@@ -210,12 +252,14 @@ class ScoringEngine:
 
     def _expected(self, encoded: Encoded) -> FloatArray:
         values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded):
-                seen = self.model.look(chunk.batch, chunk.members)
-                z = self._latent(chunk, seen).sample(self.noise)
-                parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
-                values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
+
+        def of_chunk(chunk: Chunk) -> None:
+            seen = self.model.look(chunk.batch, chunk.members)
+            z = self._latent(chunk, seen).sample(self.noise)
+            parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
+            values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
+
+        self._each(of_chunk, encoded)
         return values
 
     def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True) -> FloatArray:
@@ -231,18 +275,20 @@ class ScoringEngine:
 
     def _draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, noise: bool) -> FloatArray:
         values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
-        with torch.inference_mode():
-            for chunk in self._chunks(encoded, n_samples=n_draws):
-                seen = self.model.look(chunk.batch, chunk.members)
-                posterior = self._latent(chunk, seen)
-                members, n_rows, latent = posterior.mean.shape
-                own = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
-                z = posterior.sample(own.normal_(generator=generator))
-                parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
-                member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
-                chosen = parameters[member, torch.arange(n_draws, device=self.device)].unsqueeze(0)
-                drawn = self.model.draw(chosen, generator)[0] if noise else self.model.expected_each(chosen)[0]
-                values[:, chunk.places] = self.from_class_units(_numpy(drawn), chunk.k)
+
+        def of_chunk(chunk: Chunk) -> None:
+            seen = self.model.look(chunk.batch, chunk.members)
+            posterior = self._latent(chunk, seen)
+            members, n_rows, latent = posterior.mean.shape
+            own = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
+            z = posterior.sample(own.normal_(generator=generator))
+            parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
+            member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
+            chosen = parameters[member, torch.arange(n_draws, device=self.device)].unsqueeze(0)
+            drawn = self.model.draw(chosen, generator)[0] if noise else self.model.expected_each(chosen)[0]
+            values[:, chunk.places] = self.from_class_units(_numpy(drawn), chunk.k)
+
+        self._each(of_chunk, encoded, n_samples=n_draws)
         return values
 
     def decode(self, z: FloatArray, k: int, continuous: FloatArray) -> FloatArray:
@@ -250,7 +296,7 @@ class ScoringEngine:
         start = self.members_of(k).start
         members, blocks = slice(start, start + 1), []
         size = max(1, self._numbers_at_a_time() // self.model.widest)
-        with torch.inference_mode():
+        with self._inference():
             for first in range(0, len(z), size):
                 own, also = z[first : first + size], continuous[first : first + size]
                 points = tensor(own, self.device, self.noise.dtype).reshape(1, 1, len(own), -1)
@@ -283,7 +329,7 @@ class ScoringEngine:
 
     def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
         """q(z | x, c) chunk by chunk, for fitting the aggregate posterior."""
-        with torch.inference_mode():
+        with self._inference():
             for chunk in self._chunks(encoded):
                 yield chunk, self.model.encode(chunk.batch, chunk.members)
 
@@ -316,38 +362,75 @@ class ScoringEngine:
         assert self.class_table is not None
         return np.concatenate([_numpy(self.class_table)[encoded.class_index], encoded.continuous], axis=1)
 
-    def _chunks(self, encoded: Encoded, *, padded: bool = False, n_samples: int | None = None) -> Iterator[Chunk]:
-        """Rows class by class; ``padded`` repeats the last row of a short chunk, so that few shapes occur.
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        halves = self.precision == "bfloat16" and has_bfloat16(self.device)
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, halves):
+            yield
+
+    def _each(
+        self, work: Callable[[Chunk], None], encoded: Encoded, *, padded: bool = False, n_samples: int | None = None
+    ) -> None:
+        """Do the work on every chunk; of one that memory does not hold, on its halves, and later ones are smaller."""
+        with self._inference():
+            for piece in self._pieces(encoded, padded, n_samples):
+                self._attempt(work, encoded, piece)
+
+    def _attempt(self, work: Callable[[Chunk], None], encoded: Encoded, piece: Piece) -> None:
+        try:
+            return work(self._chunk(encoded, piece))
+        except torch.OutOfMemoryError:
+            if len(piece.places) == 1:
+                raise
+        # Outside of the handler: the error would hold on to what did not fit.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.limit.numbers = max(1, self._numbers_at_a_time() // 2)
+        for half in np.array_split(piece.places, 2):
+            self._attempt(work, encoded, replace(piece, places=half))
+
+    def _chunks(self, encoded: Encoded) -> Iterator[Chunk]:
+        for piece in self._pieces(encoded):
+            yield self._chunk(encoded, piece)
+
+    def _pieces(self, encoded: Encoded, padded: bool = False, n_samples: int | None = None) -> Iterator[Piece]:
+        """Rows class by class; ``padded`` repeats the last row of a short piece, so that few shapes occur.
 
         On a CPU every new shape costs each layer a kernel of its own, about 0.4 MB that is kept.
         """
-        order = np.argsort(encoded.class_index, kind="stable")
+        # Radix sort, which numpy has for 16 bits, takes a tenth of the time.
+        narrow = encoded.class_index.astype(np.int16) if self.n_classes <= MOST_NARROW else encoded.class_index
+        order = np.argsort(narrow, kind="stable")
         classes = encoded.class_index[order]
         complete = bool(encoded.observed.all())
-        for k in range(self.n_classes):
-            start, stop = np.searchsorted(classes, [k, k + 1])
+        bounds = np.searchsorted(classes, np.arange(self.n_classes + 1))
+        for k in np.flatnonzero(np.diff(bounds)).tolist():
+            first, stop = bounds[k], bounds[k + 1]
             members = self.members_of(k)
-            size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
-            for first in range(start, stop, size):
+            while first < stop:
+                size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
                 places = order[first : min(first + size, stop)]
+                first += size
                 if padded and len(places) < size and self.device.type == "cpu":
                     extra = _padded_length(len(places), size) - len(places)
                     places = np.concatenate([places, np.full(extra, places[-1])])
-                yield self._chunk(encoded, places, k, members, complete)
+                yield Piece(places, k, members, complete)
 
-    def _chunk(self, encoded: Encoded, places: IntArray, k: int, members: slice, complete: bool) -> Chunk:
-        dtype, values, log_scale = self.noise.dtype, encoded.values[places], None
+    def _chunk(self, encoded: Encoded, piece: Piece) -> Chunk:
+        places, k, dtype, log_scale = piece.places, piece.k, self.noise.dtype, None
+        values = torch.from_numpy(encoded.values.take(places, axis=0))
         if self.scaling is not None:
-            values = self.scaling.to_class_units(values, k)
-            log_scale = tensor(np.log(self.scaling.scale[k]), self.device, dtype).reshape(1, 1, -1)
+            center, scale = (torch.from_numpy(part[k]) for part in (self.scaling.center, self.scaling.scale))
+            values.sub_(center).div_(scale).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
+            log_scale = torch.log(scale).to(self.device, dtype).reshape(1, 1, -1)
         batch = Batch(
-            values=tensor(values, self.device, dtype).unsqueeze(0),
-            observed=None if complete else tensor(encoded.observed[places], self.device, dtype).unsqueeze(0),
+            values=values.to(self.device, dtype).unsqueeze(0),
+            observed=None if piece.complete else tensor(encoded.observed[places], self.device, dtype).unsqueeze(0),
             condition=self.condition(k, encoded.continuous[places]),
             log_scale=log_scale,
             given=None if encoded.given is None else tensor(encoded.given[places], self.device, dtype).unsqueeze(0),
         )
-        return Chunk(places, k, members, 0 if self.members_per_class is not None else k, batch)
+        return Chunk(places, k, piece.members, 0 if self.members_per_class is not None else k, batch)
 
     def _chunk_size(self, members: slice, n_samples: int) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
@@ -357,7 +440,7 @@ class ScoringEngine:
 
     def _numbers_at_a_time(self) -> int:
         # Convolutions run well on blocks that no cache holds; small ones waste their overhead.
-        return CHUNK_NUMBERS[self.device.type] * (IMAGE_FACTOR if self.model.shapes else 1)
+        return self.limit.numbers or CHUNK_NUMBERS[self.device.type] * (IMAGE_FACTOR if self.model.shapes else 1)
 
     def _terms(self, chunk: Chunk) -> Terms:
         return self.model.terms(chunk.batch, self.noise, members=chunk.members, prior=self._aggregate(chunk))

@@ -18,6 +18,7 @@ from anomaly_cvae import checkpoints
 from anomaly_cvae.errors import BundleError, TrainingDivergedError
 from anomaly_cvae.masks import MaskShapes, hidden_cells
 from anomaly_cvae.model import CVAE
+from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, Draws, Loss, Objective
 from anomaly_cvae.rows import Batch, DeviceRows
 
@@ -95,6 +96,7 @@ def train(
     validation_noise: Tensor,
     on_epoch: Callable[[Epoch], bool] | None = None,
     describe: Callable[[int, int], str] = lambda member, column: f"column {column}, member {member}",
+    refresh: Callable[[int], None] | None = None,
 ) -> Training:
     """Train ``model`` in place and leave every member with its own best weights.
 
@@ -105,6 +107,7 @@ def train(
     validation_noise : (S, Z) fixed points, so that two epochs are comparable
     on_epoch : called after each epoch; returning True ends the training
     describe : names a member and a column for the message when a value is not finite
+    refresh : called before each step with its number, to bring other training rows into ``rows``
 
     Raises
     ------
@@ -112,6 +115,7 @@ def train(
         When a loss is not finite; names the column and the step. The model has its best weights.
     """
     loop = _Loop(model, rows, training_rows, validation_rows, settings, generator, validation_noise, describe)
+    loop.refresh = refresh
     try:
         stopped_by = loop.run(on_epoch)
     except KeyboardInterrupt:
@@ -158,6 +162,9 @@ class _Loop:
         self.best = [p.detach().clone() for p in self.parameters]
         self.stale = torch.zeros(members, dtype=torch.long, device=device)
         self.epochs: list[Epoch] = []
+        self.refresh: Callable[[int], None] | None = None
+        # Of the rows as they are at first: later ones may have come into their places.
+        self.identity = "" if settings.checkpoint is None else self.fingerprint()
         self.started = self.noted = time.perf_counter()
         settings.objective.start(model, self.draws, settings.learning_rate)
 
@@ -170,6 +177,8 @@ class _Loop:
         if self.is_stale():
             return "early stopping"
         for step in range(first, self.settings.max_steps):
+            if self.refresh is not None:
+                self.refresh(step)
             total += self.step(step)
             if (step + 1) % interval and step + 1 < self.settings.max_steps:
                 continue
@@ -316,7 +325,7 @@ class _Loop:
         if path is None or not path.is_file():
             return 0
         tensors, notes = checkpoints.read(path, self.rows.values.device)
-        if notes["settings"] != self.fingerprint():
+        if notes["settings"] != self.identity:
             raise BundleError(
                 f"{path} is the checkpoint of another training (model, rows or settings differ); delete it to start "
                 "again, or give another file"
@@ -356,7 +365,7 @@ class _Loop:
             "stale": self.stale,
             "generator": self.generator.get_state(),
         }
-        notes = {"step": step, "settings": self.fingerprint(), "epochs": [asdict(epoch) for epoch in self.epochs]}
+        notes = {"step": step, "settings": self.identity, "epochs": [asdict(epoch) for epoch in self.epochs]}
         try:
             checkpoints.write(path, tensors, notes)
         except OSError as fault:
@@ -385,15 +394,6 @@ class _Loop:
             f"training met a value that is not finite at step {step} in {where}; lower learning_rate "
             f"(now {self.settings.learning_rate:g}), or look at that column's scale and outliers"
         )
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are done by the hardware; made up by software they are slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # torch says so in no public way.
-    told = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and told is not None and bool(told())
 
 
 def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:

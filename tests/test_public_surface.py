@@ -13,11 +13,11 @@ PARAMETERS = [
     "channels", "condition_on_observed", "inference_head", "prior", "objective", "train_samples", "kl_weight",
     "free_bits", "input_noise", "mask_rate", "mask_shapes", "scale_floor", "n_samples", "max_steps", "batch_size",
     "learning_rate", "patience", "validation_fraction", "calibration_fraction", "checkpoint", "device", "dtype",
-    "random_state", "verbose",
+    "mixed_precision", "random_state", "verbose",
 ]  # fmt: skip
 METHODS = [
     "alarm_columns", "calibrated_score", "class_negative_elbo", "condition_proba", "contrast", "decision_function",
-    "edit", "explain", "explain_pixels", "fit", "fit_predict", "fit_transform", "get_feature_names_out", "impute",
+    "edit", "explain", "explain_pixels", "fit", "fit_files", "fit_predict", "fit_transform", "get_feature_names_out", "impute",
     "impute_draws", "impute_intervals", "infer_schema", "interpolate", "latent_map", "load", "negative_elbo",
     "negative_log_likelihood", "p_values", "predict", "recalibrate", "reconstruct", "sample", "save", "score_samples",
     "score_table", "select", "top_columns", "transform",

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from anomaly_cvae import CVAEDetector, presets
 from anomaly_cvae.encoding import Encoded, Encoder
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.fitting import Conditioning, FitSettings, PriorName, fit_model
 from anomaly_cvae.frames import level_cells
+from anomaly_cvae.model import CVAE, Terms
+from anomaly_cvae.networks import StackedMLP, has_bfloat16
 from anomaly_cvae.objectives import elbo
+from anomaly_cvae.rows import Batch
 from anomaly_cvae.schema import Schema, infer_column, infer_condition, observed_classes
-from anomaly_cvae.scoring import ScoringEngine, low_discrepancy_normal, resolve_device
+from anomaly_cvae.scoring import Limit, ScoringEngine, low_discrepancy_normal, resolve_device
 from anomaly_cvae.training import TrainingSettings
 
 X_COLUMNS = ("temperature", "delay", "packets", "on", "colour")
@@ -366,3 +373,98 @@ def test_a_device_that_is_not_there_is_a_parameter_error_that_names_it(device: s
 def test_cuda_is_refused_where_there_is_none() -> None:
     with pytest.raises(ParameterError, match="device='cuda'"):
         resolve_device("cuda", torch.float32)
+
+
+# ---------------------------------------------------------------------- precision
+
+
+@pytest.fixture(scope="module")
+def wide() -> CVAEDetector:
+    """Three hidden layers, so that there are products between hidden ones; trained, so that scores say something."""
+    settings = {**presets.FAST, "hidden_dims": (32, 32, 32), "max_steps": 150, "random_state": 0}
+    return CVAEDetector("side", **settings).fit(_two_sides(600))
+
+
+def _two_sides(n: int, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    side = np.array(["left", "right"])[rng.integers(0, 2, n)]
+    x = rng.normal(size=(n, 6)) @ rng.normal(size=(6, 6)) + np.where(side == "left", -1.0, 1.0)[:, None]
+    return pd.DataFrame(x, columns=list("abcdef")).assign(side=side)
+
+
+def test_halved_products_score_within_their_tolerance(wide: CVAEDetector) -> None:
+    engine, encoded = wide.model_.engine, wide._encode(_two_sides(3_000, seed=1), None)
+    halved = replace(engine, precision="bfloat16")
+    plain, found = engine.negative_elbo(encoded), halved.negative_elbo(encoded)
+    tolerance = halved.tolerance * (1.0 + np.abs(plain))
+    assert (np.abs(found - plain) <= tolerance).all()
+    np.testing.assert_allclose(halved.column_scores(encoded).total, found, rtol=1e-6, atol=1e-6)
+    assert halved.tolerance > engine.tolerance
+    if has_bfloat16(torch.device("cpu")):
+        assert (found != plain).any(), "the hardware has bfloat16, and it was not used"
+
+
+def test_halved_weights_follow_the_weights(wide: CVAEDetector) -> None:
+    encoded = wide._encode(_two_sides(50), None)
+    engine = replace(wide.model_.engine, model=copy.deepcopy(wide.model_.engine.model), precision="bfloat16")
+    before = engine.negative_elbo(encoded)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(0.5)
+    fresh = replace(engine, model=copy.deepcopy(engine.model))
+    np.testing.assert_array_equal(engine.negative_elbo(encoded), fresh.negative_elbo(encoded))
+    assert (engine.negative_elbo(encoded) != before).all()
+
+
+def test_a_detector_says_its_precision_and_may_be_loaded_with_another(wide: CVAEDetector, tmp_path: Path) -> None:
+    folder, rows = wide.save(tmp_path / "model"), _two_sides(40)
+    assert CVAEDetector.load(folder, device="cpu").model_.engine.precision == "float32"
+    halved = CVAEDetector.load(folder, device="cpu", mixed_precision=True)
+    assert halved.model_.engine.precision == "bfloat16"
+    np.testing.assert_allclose(halved.negative_elbo(rows), wide.negative_elbo(rows), rtol=0.01, atol=0.01)
+    again = CVAEDetector.load(halved.save(tmp_path / "halved"), device="cpu")
+    assert again.model_.engine.precision == "bfloat16"
+    with pytest.raises(ParameterError, match="mixed_precision must be one of"):
+        CVAEDetector.load(folder, device="cpu", mixed_precision="half")
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (8, 8), (8, 8, 8)])
+@pytest.mark.parametrize("members", [slice(None), slice(1, 2)])
+def test_fused_networks_are_the_plain_ones(hidden: tuple[int, ...], members: slice) -> None:
+    network = StackedMLP(3, 5, hidden, 4, 2, torch.Generator().manual_seed(0))
+    x = torch.randn((1, 7, 5), generator=torch.Generator().manual_seed(1))
+    condition = torch.tensor([[[0.0, 1.0]]])
+    plain = network(x, condition, members).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x, condition, members), plain, rtol=1e-5, atol=1e-6)
+
+
+class _SmallMemory(torch.nn.Module):
+    """A bank on a device that holds no more than some rows at a time."""
+
+    def __init__(self, model: CVAE, rows: int) -> None:
+        super().__init__()
+        self.model, self.rows, self.tried = model, rows, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in ("model",) else getattr(self.model, name)
+
+    def terms(self, batch: Batch, *given: Any, **more: Any) -> Terms:
+        self.tried.append(batch.values.shape[1])
+        if batch.values.shape[1] > self.rows:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.model.terms(batch, *given, **more)
+
+
+def test_chunks_that_memory_does_not_hold_are_halved_and_that_is_remembered(wide: CVAEDetector) -> None:
+    engine, encoded = wide.model_.engine, wide._encode(_two_sides(2_000, seed=2), None)
+    small = _SmallMemory(engine.model, rows=300)
+    limited = replace(engine, model=small, limit=Limit())
+    np.testing.assert_allclose(limited.negative_elbo(encoded), engine.negative_elbo(encoded), rtol=1e-5, atol=1e-5)
+    assert any(rows > 300 for rows in small.tried)
+    small.tried.clear()
+    limited.negative_elbo(encoded)
+    assert all(rows <= 300 for rows in small.tried), "what did not fit once is not tried again"
+    none = replace(engine, model=_SmallMemory(engine.model, rows=0), limit=Limit())
+    with pytest.raises(torch.OutOfMemoryError):
+        none.negative_elbo(encoded)

@@ -450,3 +450,50 @@ def test_half_the_digits_of_products_learn_as_well(n_members: int) -> None:
     assert first - last > 1.0
     assert last == pytest.approx(full.epochs[-1].validation_negative_elbo, abs=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in halved.parameters())
+
+
+def test_two_hundred_members_learn_in_one_step_as_one_does() -> None:
+    model = bank(200, torch.float32)
+    data = rows(torch.float32)
+    before = held_out_loss(model, data)
+    run(model, data, replace(SETTINGS, max_steps=100))
+    gained = before - held_out_loss(model, data)
+    assert gained.min() > 0.0
+    assert gained.mean() > 0.3
+
+
+# ---------------------------------------------------------------------- rows that change under way
+
+
+def test_rows_that_are_brought_in_before_a_step_are_the_ones_it_learns_from() -> None:
+    data, whole = rows(), rows()
+    other = replace(whole, values=whole.values + 5.0)
+    moved, still = bank(), bank()
+    steps: list[int] = []
+
+    def refresh(step: int) -> None:
+        steps.append(step)
+        if step == 1:
+            data.replace(TRAINING.numpy(), other, TRAINING.numpy())
+
+    # Held out are rows like those that come in, so that the weights learned of them are the best.
+    data.values[VALIDATION] += 5.0
+    run(moved, data, replace(SETTINGS, max_steps=150), refresh=refresh)
+    run(still, replace(other, values=torch.where(torch.arange(240)[:, None] < 160, whole.values, other.values)),
+        replace(SETTINGS, max_steps=150))  # fmt: skip
+    assert steps[:3] == [0, 1, 2]
+    assert held_out_loss(moved, other) < held_out_loss(still, other) - 1.0
+
+
+def test_replaced_rows_take_their_condition_and_missing_cells_along() -> None:
+    observed = torch.ones(240, 4, dtype=torch.float64)
+    data = replace(rows(conditional=True), observed=observed.clone())
+    other = replace(rows(conditional=True), observed=torch.zeros_like(observed))
+    data.replace(np.array([3, 5]), other, np.array([10, 11]))
+    assert torch.equal(data.values[[3, 5]], other.values[[10, 11]])
+    assert data.condition is not None
+    assert other.condition is not None
+    assert torch.equal(data.condition[[3, 5]], other.condition[[10, 11]])
+    assert data.observed is not None
+    assert data.observed[[3, 5]].sum() == 0
+    assert data.observed.sum() == observed.sum() - 8

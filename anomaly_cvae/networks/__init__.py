@@ -1,6 +1,7 @@
 """Networks of a bank: every tensor has a leading member axis."""
 
 from anomaly_cvae.networks.cells import Blocks, CellDecoder, CellEncoder, Cells, Encoding, PseudoInputs
+from anomaly_cvae.networks.fused import has_bfloat16
 from anomaly_cvae.networks.stacked import ALL, StackedLinear, StackedMLP
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "PseudoInputs",
     "StackedLinear",
     "StackedMLP",
+    "has_bfloat16",
 ]

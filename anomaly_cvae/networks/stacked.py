@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from anomaly_cvae.networks.fused import can_fuse, linear
+from anomaly_cvae.networks.fused import can_fuse, network
 
 ALL = slice(None)
 CONDITION_START = 0.1
@@ -32,14 +32,11 @@ class StackedLinear(nn.Module):
             # Small, so that classes begin alike: one with few rows stays near the others, not where chance put it.
             start = CONDITION_START * _uniform((n_members, n_conditions, n_out), n_in, generator)
             self.condition_weight = nn.Parameter(start)
+        self._halved: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
         """Map rows (M, R, in) to (M, R, out) with the chosen members' weights."""
-        weight, shift = _of(self.weight, members), _of(self.bias, members)
-        if self.condition_weight is not None and condition is not None:
-            shift = shift + condition @ _of(self.condition_weight, members)
-        if can_fuse(x, shift):
-            return linear(x, weight, shift, relu)
+        weight, shift = _of(self.weight, members), self.shift(condition, members)
         n_rows = x.shape[-2]
         if shift.shape[1] not in (1, n_rows):
             shift = shift.repeat(1, n_rows // shift.shape[1], 1)
@@ -48,6 +45,20 @@ class StackedLinear(nn.Module):
         else:
             out = torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
         return torch.relu_(out) if relu else out
+
+    def shift(self, condition: Tensor | None, members: slice = ALL) -> Tensor:
+        """c V + b, (M, N or 1, out)."""
+        shift = _of(self.bias, members)
+        if self.condition_weight is None or condition is None:
+            return shift
+        return shift + condition @ _of(self.condition_weight, members)
+
+    def halved(self) -> Tensor:
+        """The weight in bfloat16, made again when it has changed."""
+        version = (self.weight.data_ptr(), self.weight._version)
+        if self._halved is None or self._halved[0] != version:
+            self._halved = (version, self.weight.detach().to(torch.bfloat16))
+        return self._halved[1]
 
 
 class StackedMLP(nn.Module):
@@ -75,6 +86,8 @@ class StackedMLP(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
         """Map rows (M or 1, R, in) to (M, R, out)."""
+        if can_fuse(x, condition, len(self._of_first(members))):
+            return self._fused(x, condition, members)
         hidden = x
         for layer in self.layers[:-1]:
             hidden = layer(hidden, condition, members, relu=True)
@@ -85,6 +98,19 @@ class StackedMLP(nn.Module):
             out = out.baddbmm_(x, skip) if out.dtype == x.dtype == skip.dtype else torch.baddbmm(out, x, skip)
         # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
         return out.to(self.layers[-1].get_parameter("weight").dtype)
+
+    def _of_first(self, members: slice) -> Tensor:
+        return _of(self.layers[0].get_parameter("weight"), members)
+
+    def _fused(self, x: Tensor, condition: Tensor | None, members: slice) -> Tensor:
+        layers = [layer for layer in self.layers if isinstance(layer, StackedLinear)]
+        with torch.autocast("cpu", enabled=False):
+            weights = [_of(layer.weight, members) for layer in layers]
+            shifts = [layer.shift(condition, members) for layer in layers]
+        in_halves = torch.is_autocast_enabled("cpu") and len(layers) > 2
+        inner = [_of(layer.halved(), members) for layer in layers[1:-1]] if in_halves else weights[1:-1]
+        skip = None if self.skip is None else _of(self.skip, members)
+        return network(x, weights, shifts, skip, inner)
 
 
 def _of(parameter: Tensor, members: slice) -> Tensor:
