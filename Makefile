@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-jobs bench-tables bench-images gallery drill-kill clean
+.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-images gallery drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
 	@touch $@
 
 demo: $(VENV)/.installed  ## Find the digits that are not what they claim to be; ends by saying what to open
@@ -59,6 +63,12 @@ ui: $(VENV)/.installed  ## MLflow at http://127.0.0.1:5000, on the runs of this 
 
 bench-floor: $(VENV)/.installed  ## Measure the speed floors; writes docs/benchmarks/floor.md
 	$(BIN)/python pipelines/benchmarks/floor.py
+
+bench-throughput: $(VENV)/.installed-bench  ## Measure speed beside the machine's limits and PyOD; writes docs/benchmarks/speed.md; OPTIONS="--only peers"
+	$(BIN)/python pipelines/benchmarks/throughput.py $(OPTIONS)
+
+bench-gpu: $(VENV)/.installed-dev  ## Run the checks and the benchmarks that need a CUDA device; adds them to docs/benchmarks/speed.md
+	$(BIN)/python pipelines/benchmarks/gpu.py $(OPTIONS)
 
 bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/benchmarks/jobs.md (about 6 minutes)
 	$(BIN)/python pipelines/benchmarks/jobs.py

@@ -93,6 +93,10 @@ class OnError(StrEnum):
 
 
 Data = Annotated[list[str], typer.Argument(help="Tables or pictures: files, folders or patterns.", show_default=False)]
+DataOrUrls = Annotated[
+    list[str],
+    typer.Argument(help="Tables or pictures: files, folders, patterns, or URLs such as s3://….", show_default=False),
+]
 Model = Annotated[str, typer.Argument(help="Folder, runs:/ID or models:/NAME@ALIAS.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
@@ -255,8 +259,8 @@ def evaluate(
 @app.command()
 def score(
     model: Model,
-    data: Data,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the scored Parquet files.")],
+    data: DataOrUrls,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the scored Parquet files.")],
     keep: Annotated[
         list[str] | None,
         typer.Option(help="Input column to copy; repeatable. Default: those that training ignored."),
@@ -264,6 +268,10 @@ def score(
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Copy every input column.")] = False,
     contrast: Annotated[bool, typer.Option("--contrast", help="Add the contrast: is the condition wrong?")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Add the most surprising column and its nats.")] = False,
+    where: Annotated[
+        str | None, typer.Option(help="Rows to score, such as \"machine == 'M' and rpm > 1200\" (all).")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Score this many rows at most (all).")] = None,
     on_error: Annotated[OnError, typer.Option(help="What a file that cannot be used means.")] = OnError.skip,
     unseen_class: Annotated[
         UnseenClass, typer.Option(help="Rows of a class not seen in training.")
@@ -294,12 +302,14 @@ def score(
             top_column=explain,
             on_error=on_error.value,
             csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
+            where=where,
+            max_rows=max_rows,
         )
         with report.progress() as on_progress:
             scored = jobs.score_tables(
                 opened, data, output, options, log=tracking, log_rows=log_rows, on_progress=on_progress
             )
-        report.scored(scored, output, stopped=on_error is OnError.fail)
+        report.scored(scored, batch.shown(output), stopped=on_error is OnError.fail)
 
 
 @app.command()

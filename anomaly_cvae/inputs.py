@@ -61,7 +61,8 @@ def feature_frame(estimator: Any, X: Any, *, reset: bool, expected: Layout | Non
             raise DataError(f"X is an array of images, but fit had the columns {list(expected.columns)}")
     elif is_table(X):
         frame = to_frame(X)
-        validate_data(estimator, frame, reset=reset, skip_check_array=True)
+        if reset or list(frame.columns) != list(getattr(estimator, "feature_names_in_", ())):
+            validate_data(estimator, frame, reset=reset, skip_check_array=True)
         if frame.shape[1] == 0:
             raise DataError(f"0 feature(s) (shape={frame.shape}) while a minimum of 1 is required: X has no columns")
         if expected is not None and expected.is_frame and tuple(frame.columns) != expected.columns:

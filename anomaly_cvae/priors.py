@@ -8,7 +8,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from anomaly_cvae.likelihoods.base import wide
@@ -201,6 +200,9 @@ def _cluster(mean: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
     if n_clusters == 1:
         return np.zeros(len(mean), dtype=np.int64)
     distinct = len(np.unique(mean, axis=0))
+    # Half of scikit-learn comes with it: not before it is needed.
+    from sklearn.cluster import KMeans
+
     kmeans = KMeans(min(n_clusters, distinct), n_init=1, max_iter=20, random_state=seed)
     labels = kmeans.fit(mean).labels_
     used: np.ndarray = np.unique(labels, return_inverse=True)[1]  # k-means may leave a cluster empty

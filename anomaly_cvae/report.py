@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-    from anomaly_cvae.batch.local import Progress
+    from anomaly_cvae.batch.results import Progress, Summary
     from anomaly_cvae.jobs import Evaluated, Explanation, Grid, OpenModel, Plan, Trained
     from anomaly_cvae.jobs.scoring import Scored
     from anomaly_cvae.jobs.thresholds import Recalibrated
@@ -32,6 +32,7 @@ TABLE_SUFFIXES = (".parquet", ".csv", ".json")
 PICTURE_SUFFIX = ".png"
 FIGURE_DPI = 110
 MOST_FAULTS = 20
+WORK = {"read": "reading", "score": "scoring", "write": "writing"}
 STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
 
 
@@ -271,13 +272,13 @@ class Report:
 
         columns = (
             bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn(),
-            bars.TextColumn("{task.fields[said]}"), bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[said]}"),
         )  # fmt: skip
         with bars.Progress(*columns, console=self.aside, transient=True) as bar:
             task = bar.add_task("scoring", total=1.0, said="")
 
             def show(progress: Progress) -> None:
-                said = f"{progress.rows:,} rows, {progress.rows_per_second:,.0f} rows/s, {progress.path.name}"
+                said = f"{_how_far(progress)}, {_plain_text(progress.path.name)}"
                 bar.update(task, completed=progress.done, said=said)
 
             yield show
@@ -291,8 +292,11 @@ class Report:
             "output": output,
             "rows": summary.rows,
             "seconds": summary.seconds,
-            "rows_per_second": summary.rows / max(summary.seconds, 1e-9),
+            "rows_per_second": summary.rows_per_second,
             "stages": summary.stages,
+            "slowest_stage": summary.slowest[0],
+            "limited": summary.limited,
+            "files_not_opened": summary.not_opened,
             "files": [
                 {
                     "path": str(f.path),
@@ -301,6 +305,7 @@ class Report:
                     "rows": f.rows,
                     "anomalies": f.anomalies,
                     "error": f.error,
+                    **({"cut": True} if f.cut else {}),
                     **({"left_out": f.faults} if f.faults else {}),
                 }
                 for f in summary.files
@@ -320,8 +325,9 @@ class Report:
         plural = "" if len(summary.files) == 1 else "s"
         self.shown.print(
             f"{len(summary.files)} file{plural}: {said}; {summary.rows:,} rows in {summary.seconds:.1f} s "
-            f"({summary.rows / max(summary.seconds, 1e-9):,.0f} rows/s; at work: {stages})"
+            f"({summary.rows_per_second:,.0f} rows/s; at work: {stages})"
         )
+        self._where_it_ended(summary)
         if scored.run_id:
             self.shown.print(f"run     [bold]runs:/{scored.run_id}[/bold]")
         for file in summary.failed:
@@ -329,6 +335,16 @@ class Report:
             self.errors.print(f"[bold red]not scored:[/bold red] {_plain_text(file.error)}")
         self.left_out({path: why for file in summary.files for path, why in file.faults.items()})
         self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
+
+    def _where_it_ended(self, summary: Summary) -> None:
+        stage, share = summary.slowest
+        if summary.rows:
+            self.shown.print(f"{WORK[stage]} was the bottleneck: {share:.0%} of the time")
+        if summary.limited:
+            cut = [_plain_text(str(file.path)) for file in summary.files if file.cut]
+            parts = [f"the rest of {name} is not scored" for name in cut]
+            parts += [f"{summary.not_opened:,} file(s) were not opened"] if summary.not_opened else []
+            self.shown.print(f"stopped at --max-rows: {'; '.join(parts)}")
 
     def explained(self, explanation: Explanation, model: OpenModel) -> None:
         """Each row with its columns, and what drives the alarms."""
@@ -535,11 +551,16 @@ class _Lines:
         if progress.seconds < self.next:
             return
         self.next = progress.seconds + SECONDS_BETWEEN_LINES
-        left = progress.seconds * (1.0 - progress.done) / max(progress.done, 1e-9)
-        self.say(
-            f"{progress.rows:,} rows ({progress.done:.0%}), {progress.rows_per_second:,.0f} rows/s, about "
-            f"{left / 60:.0f} min left, at {_plain_text(progress.path.name)}"
-        )
+        self.say(f"{progress.done:.0%}: {_how_far(progress)}, at {_plain_text(progress.path.name)}")
+
+
+def _how_far(progress: Progress) -> str:
+    said = f"{progress.rows:,} rows, {progress.rows_per_second:,.0f} rows/s"
+    left = progress.seconds_left
+    if not math.isfinite(left):
+        return said
+    time = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
+    return f"{said}, about {time} left"
 
 
 def _writable(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,9 @@
 
 Each training and test image is binarised once, every pixel white with its brightness as probability. Published
 figures are of another such draw.
+
+Thousands of samples are drawn for some test images. How far their bound lies below their negative ELBO varies little
+from image to image; what it is on average is taken from the negative ELBO of all test images.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from anomaly_cvae.datasets import binarise, labelled_images
 
 STEPS = {"fast": 2_000, "best": 16_000}
 SAMPLES = {"fast": 100, "best": 5_000}
-JUDGED = {"fast": 500, "best": 1_000}
+JUDGED = {"fast": 200, "best": 250}
 BLOCK = 50
 
 
@@ -30,9 +33,8 @@ def main() -> None:
     )
     data = labelled_images(given.source)
     images, digits = binarise(data.x_train)[: run.rows], data.y_train[: run.rows]
-    rng = np.random.default_rng(0)
-    chosen = rng.permutation(len(data.x_test))[: JUDGED[run.preset]]
-    unseen, classes = binarise(data.x_test, random_state=1)[chosen], data.y_test[chosen]
+    order = np.random.default_rng(0).permutation(len(data.x_test))
+    unseen, classes = binarise(data.x_test, random_state=1)[order], data.y_test[order]
     vae = run.fitted("vae", parameters(run), images)
     measure(run, vae, "unconditional", unseen, None, "<= 84.0")
     cvae = run.fitted("cvae", parameters(run), images, digits)
@@ -50,17 +52,18 @@ def parameters(run: Study) -> dict[str, Any]:
 
 def measure(run: Study, model: CVAEDetector, name: str, images: Any, classes: Any, goal: str) -> None:
     """The bound in nats, its standard error, and the negative ELBO beside it."""
-    n, nats = SAMPLES[run.preset], []
-    for start in range(0, len(images), BLOCK):
-        own = slice(start, start + BLOCK)
-        condition = None if classes is None else classes[own]
-        nats.append(model.negative_log_likelihood(images[own], condition=condition, n_samples=n))
-        run.console.print(f"  {name}: {min(start + BLOCK, len(images))} of {len(images)} images", end="\r")
-    found = np.concatenate(nats)
-    error = found.std() / np.sqrt(len(found))
-    note = f"{n:,} samples, {len(found):,} test images, standard error {error:.2f}"
-    run.figure(f"IWAE bound, {name}", float(found.mean()), "nats", goal, note)
     elbo = model.negative_elbo(images, condition=classes)
+    n, n_judged, below = SAMPLES[run.preset], min(JUDGED[run.preset], len(images)), []
+    for start in range(0, n_judged, BLOCK):
+        own = slice(start, min(start + BLOCK, n_judged))
+        condition = None if classes is None else classes[own]
+        bound = model.negative_log_likelihood(images[own], condition=condition, n_samples=n)
+        below.append(elbo[own] - bound)
+        run.console.print(f"  {name}: {own.stop} of {n_judged} images", end="\r")
+    gap = np.concatenate(below)
+    error = float(np.sqrt(elbo.var() / len(elbo) + gap.var() / len(gap)))
+    note = f"{n:,} samples of {len(gap):,} images, negative ELBO of all {len(elbo):,}; standard error {error:.2f}"
+    run.figure(f"IWAE bound, {name}", float(elbo.mean() - gap.mean()), "nats", goal, note)
     run.figure(f"negative ELBO, {name}", float(elbo.mean()), "nats", "none set")
 
 

@@ -521,6 +521,44 @@ def test_evaluate_ranks_and_counts_per_class(here: Path) -> None:
     assert said["run_id"] is None
 
 
+def test_score_takes_the_rows_that_where_says_and_no_more_than_asked_for(here: Path) -> None:
+    where = "Type in ['L', 'M'] and `Torque [Nm]` > 15"
+    said = " ".join(done("score", "mill", "table.csv", "-o", "scored", "--where", where, "--no-tracking").split())
+    chosen = made_up().query(where)
+    assert len(pd.read_parquet("scored")) == len(chosen)
+    assert f"{len(chosen):,} rows in" in said
+    assert re.search(r"(reading|scoring|writing) was the bottleneck: \d+ % of the time", said.replace("%", " %"))
+    assert "stopped" not in said
+    shutil.copy("table.csv", "table2.csv")
+    given = ["score", "mill", "table.csv", "table2.csv", "-o", "few", "--max-rows", 40, "--no-tracking"]
+    said = " ".join(done(*given).split())
+    assert len(pd.read_parquet("few")) == 40
+    assert "stopped at --max-rows: the rest of table.csv is not scored; 1 file(s) were not opened" in said
+    result = only_json(done(*given, "--json"))
+    assert (result["limited"], result["files_not_opened"], result["files"][0]["cut"]) == (True, 1, True)
+    assert result["slowest_stage"] in ("read", "score", "write")
+
+
+@pytest.mark.parametrize(
+    ("where", "part"), [("Typ == 'L'", "did you mean 'Type'"), ("Type = 'L'", "character 6"), ("Type", "neither true")]
+)
+def test_score_refuses_a_filter_that_cannot_be_meant(here: Path, where: str, part: str) -> None:
+    result = run("score", "mill", "table.csv", "-o", "scored", "--where", where, "--no-tracking")
+    assert result.exit_code in (2, 4)
+    assert part in " ".join(result.stderr.split())
+
+
+def test_score_reads_and_writes_at_addresses(here: Path) -> None:
+    pytest.importorskip("fsspec", reason="files at URLs need fsspec")
+    source, target = f"local://{here}/table.csv", f"local://{here}/scored"
+    assert target in done("score", "mill", source, "-o", target, "--no-tracking").replace("\n", "")
+    assert len(pd.read_parquet("scored/table.csv.parquet")) == N
+    result = run("score", "mill", "nonsense://user:secret@a/b.csv", "-o", "other", "--no-tracking")
+    assert result.exit_code == 3
+    assert "nonsense://a/b.csv" in result.stderr
+    assert "secret" not in result.stderr
+
+
 def test_score_writes_what_the_detector_says(here: Path) -> None:
     done(*COMMANDS["score"])
     scored = pd.read_parquet("scored")

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 
+from anomaly_cvae.batch.places import Place
 from anomaly_cvae.errors import DataError
 
 MOST_EXACT_DIGITS = 15
@@ -55,7 +56,7 @@ class CsvFormat:
         return ", ".join(parts)
 
 
-def sniff(path: Path, given: CsvFormat) -> CsvFormat:
+def sniff(path: Place, given: CsvFormat) -> CsvFormat:
     """The format with everything that was not given found out; ``thousands`` "" means that there is none.
 
     Raises
@@ -85,7 +86,7 @@ def sniff(path: Path, given: CsvFormat) -> CsvFormat:
     return replace(given, delimiter=delimiter, encoding=encoding, decimal=decimal, thousands=thousands)
 
 
-def header(path: Path, form: CsvFormat) -> list[str]:
+def header(path: Place, form: CsvFormat) -> list[str]:
     """Names of the columns: those of the first line that is not empty.
 
     Raises
@@ -105,7 +106,7 @@ def header(path: Path, form: CsvFormat) -> list[str]:
     return names
 
 
-def read_text(path: Path, form: CsvFormat, rows: int | None, raw: IO[bytes] | None = None) -> Iterator[pd.DataFrame]:
+def read_text(path: Place, form: CsvFormat, rows: int | None, raw: IO[bytes] | None = None) -> Iterator[pd.DataFrame]:
     """Every cell as text, ``rows`` rows at a time, or all at once.
 
     Raises
@@ -170,7 +171,7 @@ def typed(cells: pd.Series, form: CsvFormat) -> pd.Series:
 
 
 def as_numbers(cells: pd.Series, form: CsvFormat, start: int = 0) -> pd.Series:
-    """A column of text as numbers, codes too, or as truth values; ``start`` is the number of its first row.
+    """A column of text as numbers, codes too, or as truth values; row 0 of its index is row ``start``.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def as_numbers(cells: pd.Series, form: CsvFormat, start: int = 0) -> pd.Series:
         return found
     levels = [str(level) for level in pd.unique(text.dropna())]
     wrong = next((level for level in levels if _numbers(text[text == level].head(1), form) is None), levels[0])
-    row = start + int(np.flatnonzero((text == wrong).to_numpy(dtype=np.bool_, na_value=False))[0])
+    row = start + int(text.index[np.flatnonzero((text == wrong).to_numpy(dtype=np.bool_, na_value=False))[0]])
     raise DataError(f"column {cells.name!r} must be numeric but holds text, {wrong!r} in row {row:,}; correct it")
 
 
@@ -251,7 +252,7 @@ def _encoding(head: bytes, whole: bool) -> str:
     return "utf-8"
 
 
-def _delimiter(text: str, path: Path) -> str:
+def _delimiter(text: str, path: Place) -> str:
     """The candidate that splits the first lines into the most columns, the same number in each."""
     if any(suffix.lower() == ".tsv" for suffix in path.suffixes):
         return "\t"
@@ -314,7 +315,7 @@ def _columns(lines: Sequence[Sequence[str]]) -> Iterator[list[str]]:
         yield [line[i].strip() for line in lines if len(line) > i]
 
 
-def first_bad_byte(path: Path, encoding: str) -> int | None:
+def first_bad_byte(path: Place, encoding: str) -> int | None:
     """Place of the first byte that is no text in ``encoding``, counted from the start of the file."""
     decoder, read = codecs.getincrementaldecoder(encoding)(), 0
     with open_bytes(path) as stream:
@@ -328,13 +329,16 @@ def first_bad_byte(path: Path, encoding: str) -> int | None:
     return None
 
 
-def is_gzip(path: Path) -> bool:
+def is_gzip(path: Place) -> bool:
     """Whether the file is compressed, by its name."""
     return path.suffix.lower() == ".gz"
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Place) -> IO[bytes]:
     """The file's content, uncompressed."""
-    open_file: Any = gzip.open if is_gzip(path) else open
-    content: IO[bytes] = open_file(path, "rb")
+    if not is_gzip(path):
+        return path.open("rb")
+    # A path, so that closing the one closes the other; what is at a URL is freed with it.
+    unpack: Any = gzip.open
+    content: IO[bytes] = unpack(path if isinstance(path, Path) else path.open("rb"), "rb")
     return content

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+import re
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 
 from anomaly_cvae.batch.csv_text import CsvFormat
-from anomaly_cvae.batch.manifest import Entry, Manifest, state_of
+from anomaly_cvae.batch.filters import Where
+from anomaly_cvae.batch.manifest import Entry, Manifest, manifest_at, state_of
 from anomaly_cvae.batch.needs import Needs
+from anomaly_cvae.batch.overlap import Stopwatch, Writer, ahead
 from anomaly_cvae.batch.pictures import OnFault, refuse_picture
-from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, counts_by_class, partial_of, require_own
-from anomaly_cvae.batch.source import Batch, TableFile, find_files
+from anomaly_cvae.batch.places import Place, place_of
+from anomaly_cvae.batch.results import FileResult, Progress, Summary
+from anomaly_cvae.batch.sink import SCORED_TYPES, ScoredFile, add_counts, counts_by_class, partial_of, require_own
+from anomaly_cvae.batch.source import find_files
+from anomaly_cvae.batch.table_file import Batch, TableFile
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
 from anomaly_cvae.fitted import require_contrast
 from anomaly_cvae.inputs import nearest
 
-AHEAD = 2
-"""Batches that are read before they are needed."""
-
-Status = Literal["scored", "unchanged", "failed"]
-Item = TypeVar("Item")
+__all__ = ["FileResult", "Progress", "ScoreOptions", "Summary", "score_files"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,9 @@ class ScoreOptions:
     """What a scored file holds, and what a bad input means.
 
     ``keep`` names input columns to copy; None: those that training ignored (identifiers, labels), where a
-    file has them. ``on_error``: "skip" goes on with the next file, "fail" stops at the first bad one.
+    file has them. ``where`` says which rows are scored, such as ``"machine == 'M' and rpm > 1200"``, and
+    ``max_rows`` how many at most, in all files together. ``on_error``: "skip" goes on with the next file, "fail"
+    stops at the first bad one.
     """
 
     keep: tuple[str, ...] | None = None
@@ -48,6 +48,8 @@ class ScoreOptions:
     top_column: bool = False
     on_error: Literal["skip", "fail"] = "skip"
     csv_format: CsvFormat = field(default_factory=CsvFormat)
+    where: str | None = None
+    max_rows: int | None = None
 
     @property
     def scored_columns(self) -> list[str]:
@@ -55,86 +57,6 @@ class ScoreOptions:
         left_out = {"contrast"} if not self.contrast else set()
         left_out |= {"top_column", "top_nats"} if not self.top_column else set()
         return [name for name in SCORED_TYPES if name not in left_out]
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What became of one input: ``classes`` maps a class to its rows and anomalies.
-
-    ``faults`` maps a picture of a folder that could not be used to what is wrong with it; the others are scored.
-    """
-
-    path: Path
-    output: Path
-    status: Status
-    rows: int = 0
-    anomalies: int = 0
-    classes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: str = ""
-    faults: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A finished job: its files, and the seconds that each stage was at work (they overlap)."""
-
-    files: list[FileResult]
-    seconds: float
-    stages: dict[str, float]
-
-    @property
-    def failed(self) -> list[FileResult]:
-        """Inputs that could not be scored."""
-        return [file for file in self.files if file.status == "failed"]
-
-    @property
-    def rows(self) -> int:
-        """Rows scored by this job, without those of unchanged files."""
-        return sum(file.rows for file in self.files if file.status == "scored")
-
-    @property
-    def classes(self) -> pd.DataFrame:
-        """Rows and anomalies per class, of all files that stand in the output folder."""
-        totals: dict[str, np.ndarray] = {}
-        for file in self.files:
-            for name, counts in file.classes.items():
-                totals[name] = totals.get(name, np.zeros(2, dtype=np.int64)) + np.array(counts)
-        table = pd.DataFrame(
-            [(name, int(n), int(a), a / n if n else 0.0) for name, (n, a) in sorted(totals.items())],
-            columns=["class", "rows", "anomalies", "share"],
-        )
-        return table.set_index("class")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a job is: rows scored by it, share of the bytes done, seconds since its start."""
-
-    path: Path
-    rows: int
-    done: float
-    seconds: float
-
-    @property
-    def rows_per_second(self) -> float:
-        """Since the start."""
-        return self.rows / max(self.seconds, 1e-9)
-
-
-class Stopwatch:
-    """Seconds per stage; each stage runs in one thread."""
-
-    def __init__(self) -> None:
-        self.seconds = {"read": 0.0, "score": 0.0, "write": 0.0}
-
-    def timed(self, stage: str, work: Callable[[], Item]) -> Item:
-        """Do the work and add its seconds to the stage."""
-        started = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self.seconds[stage] += time.perf_counter() - started
 
 
 def score_files(
@@ -148,9 +70,10 @@ def score_files(
 ) -> Summary:
     """Score every table found at ``inputs`` into the folder ``output``, one Parquet file per input.
 
-    A file appears when it is complete. Run again after a kill, the job goes on where it stopped; files that
-    have not changed since, under the same model and options, are not scored again. What a file may have
-    wrong with it (see `FileResult.error`) ends the job only with ``on_error="fail"``.
+    Both may be URLs that fsspec or pyarrow knows, such as ``s3://bucket/folder``. A file appears when it is
+    complete. Run again after a kill, the job goes on where it stopped; files that have not changed since, under
+    the same model and options, are not scored again. What a file may have wrong with it (see `FileResult.error`)
+    ends the job only with ``on_error="fail"``.
 
     Raises
     ------
@@ -158,29 +81,43 @@ def score_files(
         If the contrast is asked for where there is none.
     DataError
         If there is no input, two inputs would become one file, or the output folder is among the inputs.
+    ParameterError
+        If the filter cannot be read, no file has the columns it names, or those that are to be kept.
     OutputError
         If the output cannot be written, or another job writes there; what is finished stays.
     """
-    options, output = options or ScoreOptions(), Path(output)
+    options, folder = options or ScoreOptions(), place_of(output)
     if options.contrast:
         require_contrast(detector.schema_)
+    if options.max_rows is not None and options.max_rows < 1:
+        raise ParameterError(f"max_rows must be at least 1, not {options.max_rows}")
+    where = None if options.where is None else Where.parse(options.where)
     files = find_files(inputs, options.csv_format, called=Needs.of(detector).called)
-    targets = _targets(files, inputs, output)
+    targets = _targets(files, inputs, folder)
     _require_kept(files, options)
-    job = _Job(detector, model_hash, options, on_progress, sum(map(_size, files)))
-    with Manifest(output, job.identity) as manifest:
-        results = []
+    if where is not None:
+        _require_filter(files, where)
+    job = _Job(detector, model_hash, options, where, on_progress, sum(map(_size, files)))
+    with manifest_at(folder, job.identity) as manifest:
+        results: list[FileResult] = []
         for file, target in zip(files, targets, strict=True):
+            if job.left == 0:
+                break
             results.append(job.score(file, target, manifest))
             if results[-1].status == "failed" and options.on_error == "fail":
                 break
-    return Summary(results, time.perf_counter() - job.started, job.stopwatch.seconds)
+    not_opened = len(files) - len(results) if job.left == 0 else 0
+    return Summary(results, time.perf_counter() - job.started, job.stopwatch.seconds, not_opened)
 
 
-def _targets(files: list[TableFile], inputs: Sequence[str | Path], output: Path) -> list[Path]:
+def _targets(files: list[TableFile], inputs: Sequence[str | Path], output: Place) -> list[Place]:
     resolved = output.resolve()
-    for given in map(Path, inputs):
-        if given.is_dir() and (resolved == given.resolve() or given.resolve() in resolved.parents):
+    for given in map(place_of, inputs):
+        if (
+            type(given) is type(output)
+            and given.is_dir()
+            and (resolved == given.resolve() or given.resolve() in resolved.parents)
+        ):
             raise DataError(
                 f"the output folder {output} lies in the input folder {given}: its files would be taken for inputs; "
                 "choose a folder outside"
@@ -188,7 +125,7 @@ def _targets(files: list[TableFile], inputs: Sequence[str | Path], output: Path)
     for file in files:
         if resolved in file.path.resolve().parents:
             raise DataError(f"the input {file.path} lies in the output folder {output}; choose another output folder")
-    targets: dict[Path, Path] = {}
+    targets: dict[Place, Place] = {}
     for file in files:
         name = file.relative.with_suffix(".parquet") if file.kind == "parquet" else Path(f"{file.relative}.parquet")
         if output / name in targets:
@@ -217,6 +154,20 @@ def _require_kept(files: list[TableFile], options: ScoreOptions) -> None:
         raise ParameterError(f"keep: the tables have no column {absent[0]!r}{nearest(absent[0], there)}")
 
 
+def _require_filter(files: list[TableFile], where: Where) -> None:
+    """A filter that goes with no file is wrong: better said at once than for every file."""
+    refused: ParameterError | None = None
+    for file in files:
+        try:
+            return file.require_filter(where)
+        except ParameterError as error:
+            refused = refused or error
+        except DataError:
+            continue  # it is named when its turn comes
+    if refused is not None:
+        raise refused
+
+
 class _Job:
     """One call of `score_files`."""
 
@@ -225,13 +176,15 @@ class _Job:
         detector: CVAEDetector,
         model_hash: str,
         options: ScoreOptions,
+        where: Where | None,
         on_progress: Callable[[Progress], None] | None,
         total_bytes: int,
     ) -> None:
-        self.detector, self.options, self.on_progress = detector, options, on_progress
+        self.detector, self.options, self.where, self.on_progress = detector, options, where, on_progress
         self.model_hash, self.total_bytes = model_hash, max(total_bytes, 1)
         self.started, self.stopwatch = time.perf_counter(), Stopwatch()
-        self.rows, self.bytes_done = 0, 0
+        self.rows, self.bytes_done, self.bytes_skipped = 0, 0, 0
+        self.left = options.max_rows
         self.needs, self.known = Needs.of(detector), frozenset(detector.schema_.class_names)
 
     @property
@@ -247,24 +200,25 @@ class _Job:
             "keep": "all" if self.options.keep_all else self.options.keep,
             "csv_format": asdict(self.options.csv_format),
             **{name: getattr(self.detector, name) for name in policies},
+            **({} if self.where is None else {"where": self.where.text}),
         }
 
-    def score(self, file: TableFile, target: Path, manifest: Manifest) -> FileResult:
+    def score(self, file: TableFile, target: Place, manifest: Manifest) -> FileResult:
         """One file, from start to finish."""
         started, size = time.perf_counter(), _size(file)
         done = manifest.is_done(file.path, target)
-        if done is not None:
+        if done is not None and done.is_whole(self.left):
             self.bytes_done += size
-            return FileResult(
-                file.path, target, "unchanged", done.rows, done.anomalies, dict(done.classes), faults=dict(done.faults)
-            )
+            self.bytes_skipped += size
+            self._count(done.rows)
+            return _result(file, target, "unchanged", done)
         rows_before, faults = self.rows, dict[str, str]()
         with _output_faults_named(target):
             require_own(target)
             partial_of(target).unlink(missing_ok=True)  # of a job that was killed
         try:
             modified = _modified(file)
-            classes = self._score(file, target, size, self._on_fault(faults))
+            classes, cut = self._score(file, target, size, self._on_fault(faults))
         except (ValueError, TypeError) as error:
             self.rows = rows_before
             with _output_faults_named(target):
@@ -273,19 +227,23 @@ class _Job:
         finally:
             self.bytes_done += size
         entry = Entry(
-            output=str(target.relative_to(manifest.folder)),
+            output=str(target.relative_to(manifest.folder)),  # type: ignore[arg-type]  # of one file system
             size=size,
             modified_ns=modified,
             rows=self.rows - rows_before,
             classes=classes,
             seconds=round(time.perf_counter() - started, 3),
             faults=faults,
+            cut=cut,
         )
+        self._count(entry.rows)
         with _output_faults_named(target):
             manifest.add(file.path, entry)
-        return FileResult(
-            file.path, target, "scored", entry.rows, entry.anomalies, classes, entry.seconds, faults=faults
-        )
+        return _result(file, target, "scored", entry)
+
+    def _count(self, rows: int) -> None:
+        """Take finished rows off those that may be scored."""
+        self.left = None if self.left is None else self.left - rows
 
     def _on_fault(self, faults: dict[str, str]) -> OnFault:
         """Notes pictures that cannot be used, unless the first of them is to end the job."""
@@ -297,32 +255,42 @@ class _Job:
 
         return note
 
-    def _score(self, file: TableFile, target: Path, size: int, on_fault: OnFault) -> dict[str, tuple[int, int]]:
-        kept = self._kept(file)
-        totals: dict[str, tuple[int, int]] = {}
-        with (
-            _output_faults_named(target),
-            ScoredFile(target, self._metadata(file)) as sink,
-            Writer() as writer,
-            closing(ahead(self.needs.batches(file, kept, on_fault), self.stopwatch)) as batches,
-        ):
-            for batch in batches:
-                scored = self.stopwatch.timed("score", partial(self._score_batch, file, batch))
-                for name, (n, flagged) in counts_by_class(scored, self.known).items():
-                    before = totals.get(name, (0, 0))
-                    totals[name] = (before[0] + n, before[1] + flagged)
-                writer.submit(partial(self.stopwatch.timed, "write", partial(sink.write, batch.kept, scored)))
-                self.rows += len(scored)
-                self._report(file, batch.done * size)
-        return totals
+    def _score(
+        self, file: TableFile, target: Place, size: int, on_fault: OnFault
+    ) -> tuple[dict[str, tuple[int, int]], bool]:
+        """Rows and anomalies per class, and whether the limit cut the file off."""
+        kept, totals = self._kept(file), dict[str, tuple[int, int]]()
+        left, cut, first = self.left, False, True
+        with _output_faults_named(target), ScoredFile(target, self._metadata(file)) as sink:
+            with (
+                Writer() as writer,
+                closing(ahead(self.needs.batches(file, kept, on_fault, where=self.where), self.stopwatch)) as batches,
+            ):
+                for batch in batches:
+                    if left == 0:
+                        cut = True
+                        break
+                    if left is not None:
+                        cut = len(batch.frame) > left
+                        batch = batch.head(left)
+                        left -= len(batch.frame)
+                    if len(batch.frame) or first:  # one without rows gives the file its columns
+                        scored = self.stopwatch.timed("score", partial(self._score_batch, file, batch))
+                        add_counts(totals, counts_by_class(scored, self.known))
+                        writer.submit(partial(self.stopwatch.timed, "write", partial(sink.write, batch.kept, scored)))
+                        self.rows, first = self.rows + len(scored), False
+                    self._report(file, batch.done * size)
+                    if cut:
+                        break
+            self.stopwatch.timed("write", sink.finish)
+        return totals, cut
 
     def _score_batch(self, file: TableFile, batch: Batch) -> pd.DataFrame:
         frame, options = self.needs.table(batch.frame), self.options
         try:
             scored = self.detector.score_table(frame, contrast=options.contrast, top_column=options.top_column)
         except (ValueError, TypeError) as error:
-            since = f" (rows counted from row {batch.start:,} of the file)" if batch.start else ""
-            raise DataError(f"{file.path}: {error}{since}") from error
+            raise DataError(f"{file.path}: {error}{_place_in_file(str(error), batch)}") from error
         return scored[self.options.scored_columns]
 
     def _kept(self, file: TableFile) -> list[str]:
@@ -355,13 +323,33 @@ class _Job:
             "anomaly_cvae.thresholds_set_at": str(calibration["set_at"].iloc[0]),
             "anomaly_cvae.thresholds_rule": str(calibration["rule"].iloc[0]),
             "anomaly_cvae.input": file.path.name,
+            **({} if self.where is None else {"anomaly_cvae.where": self.where.text}),
+            **({} if self.left is None else {"anomaly_cvae.max_rows": str(self.left)}),
         }
 
     def _report(self, file: TableFile, bytes_of_file: float) -> None:
         if self.on_progress is None:
             return
         done = (self.bytes_done + bytes_of_file) / self.total_bytes
-        self.on_progress(Progress(file.path, self.rows, min(done, 1.0), time.perf_counter() - self.started))
+        if self.options.max_rows is not None:
+            done = max(done, self.rows / self.options.max_rows)
+        seconds, skipped = time.perf_counter() - self.started, self.bytes_skipped / self.total_bytes
+        self.on_progress(Progress(file.path, self.rows, min(done, 1.0), seconds, skipped))
+
+
+def _result(file: TableFile, target: Place, status: Literal["scored", "unchanged"], entry: Entry) -> FileResult:
+    classes, faults = dict(entry.classes), dict(entry.faults)
+    return FileResult(
+        file.path, target, status, entry.rows, entry.anomalies, classes, entry.seconds, faults=faults, cut=entry.cut
+    )
+
+
+def _place_in_file(message: str, batch: Batch) -> str:
+    """What to add to a message about a row of a batch, so that it is found in the file."""
+    named = re.search(r"\brow (\d+)", message)
+    if batch.rows is not None and named and int(named[1]) < len(batch.rows):
+        return f" (that is row {batch.row(int(named[1])):,} of the file; rows left out are not counted)"
+    return f" (rows counted from row {batch.start:,} of the file)" if batch.start else ""
 
 
 def _size(file: TableFile) -> int:
@@ -376,69 +364,10 @@ def _modified(file: TableFile) -> int:
         raise DataError(f"{file.path}: no such file; it was there when the job began") from error
 
 
-class Writer:
-    """Runs one piece of work at a time in a thread of its own; at most one waits."""
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, "write")
-        self.last: Future[object] | None = None
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def submit(self, work: Callable[[], object]) -> None:
-        """Hand over work once the last piece is done; an error of that one is raised here."""
-        if self.last is not None:
-            self.last.result()
-        self.last = self.pool.submit(work)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.pool.shutdown(wait=True)
-        if kind is None and self.last is not None:
-            self.last.result()
-
-
-def ahead(items: Iterator[Item], stopwatch: Stopwatch) -> Generator[Item]:
-    """The same items, read in a thread of their own before they are needed."""
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(AHEAD)
-    stop = threading.Event()
-
-    def put(item: Item | None, error: BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def read() -> None:
-        try:
-            while not stop.is_set():
-                item = stopwatch.timed("read", lambda: next(items, None))
-                put(item, None)
-                if item is None:
-                    return
-        except BaseException as error:
-            put(None, error)
-
-    thread = threading.Thread(target=read, name="read", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stop.set()
-        thread.join()
-
-
 class _output_faults_named:  # reads as a phrase after `with`
     """Turns a refusal of the disk into an `OutputError` that says what to do."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Place) -> None:
         self.target = target
 
     def __enter__(self) -> None:

@@ -1,13 +1,15 @@
 """What a scoring job has done: read again after a kill, so that no row is lost and none is written twice.
 
 A journal: the first line says under which model and options, every further one that a file is finished, or no
-longer is. A line is added and synced at a time, so that a job of many files does not write their list over and over.
+longer is. A line is added and synced at a time, so that a job of many files does not write their list over and over;
+at a URL, where nothing can be added to a file, the whole journal is written now and then.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +17,15 @@ from types import TracebackType
 from typing import Any, Self
 
 from anomaly_cvae.batch.pictures import pictures_below
+from anomaly_cvae.batch.places import Place, RemotePath
 from anomaly_cvae.batch.sink import PARTIAL, sync
 from anomaly_cvae.errors import DataError, OutputError
 
 NAME = "_manifest.jsonl"
 LOCK = ".lock"
 VERSION = 1
+SECONDS_BETWEEN_WRITES = 2.0
+"""Of a journal at a URL."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Entry:
     """One finished file: what the input was when it was scored, and what came out.
 
     ``classes`` maps a class to its rows and anomalies; ``faults`` a picture that was left out to what is wrong with it.
+    ``cut``: the file went on where the limit of the job was reached.
     """
 
     output: str
@@ -37,6 +43,13 @@ class Entry:
     classes: Mapping[str, tuple[int, int]]
     seconds: float
     faults: Mapping[str, str] = field(default_factory=dict)
+    cut: bool = False
+
+    def is_whole(self, limit: int | None) -> bool:
+        """Whether a job that may score ``limit`` more rows would make the same of it."""
+        if limit is None:
+            return not self.cut
+        return self.rows == limit if self.cut else self.rows <= limit
 
     @property
     def anomalies(self) -> int:
@@ -51,20 +64,20 @@ class Manifest:
     A context manager that holds the folder: two jobs must not write to it at once.
     """
 
-    folder: Path
+    folder: Place
     identity: Mapping[str, Any]
     entries: dict[str, Entry] = field(default_factory=dict)
     _lock: Any = None
     _journal: Any = None
 
     def __enter__(self) -> Self:
-        self._lock = _hold(self.folder)
+        self._hold()
         try:
             if not self._read():
                 # Before any output: a kill must not leave files of this model under the name of another one.
                 self._begin()
-            self._journal = (self.folder / NAME).open("a", encoding="utf-8")
-            (self.folder / f".{NAME}{PARTIAL}").unlink(missing_ok=True)
+            self._continue()
+            self.beside.unlink(missing_ok=True)
         except BaseException:
             self._release()
             raise
@@ -81,19 +94,35 @@ class Manifest:
                 held.close()
         self._journal = self._lock = None
 
-    def is_done(self, path: Path, output: Path) -> Entry | None:
+    @property
+    def beside(self) -> Place:
+        """Where a new journal is written before it takes its place."""
+        return self.folder / f".{NAME}{PARTIAL}"
+
+    @property
+    def _here(self) -> Path:
+        assert isinstance(self.folder, Path), "RemoteManifest is for other places"
+        return self.folder
+
+    def _hold(self) -> None:
+        self._lock = _hold(self._here)
+
+    def _continue(self) -> None:
+        self._journal = (self._here / NAME).open("a", encoding="utf-8")
+
+    def is_done(self, path: Place, output: Place) -> Entry | None:
         """The entry of an input that has not changed since it was scored, if its output is still there."""
         entry = self.entries.get(key_of(path))
         if entry is None or not path.exists() or (entry.size, entry.modified_ns) != state_of(path):
             return None
         return entry if self.folder / entry.output == output and output.is_file() else None
 
-    def add(self, path: Path, entry: Entry) -> None:
+    def add(self, path: Place, entry: Entry) -> None:
         """Note a finished file, at once and for good."""
         self._take(key_of(path), entry)
         self._append({"file": key_of(path), **asdict(entry)})
 
-    def drop(self, path: Path, output: Path) -> None:
+    def drop(self, path: Place, output: Place) -> None:
         """Forget an input that can no longer be scored, with what an earlier job made of it."""
         output.unlink(missing_ok=True)
         if self.entries.pop(key_of(path), None) is not None:
@@ -106,15 +135,21 @@ class Manifest:
 
     def _begin(self) -> None:
         """A new journal in the place of any other."""
-        beside = self.folder / f".{NAME}{PARTIAL}"
+        beside = self._here / self.beside.name
         try:
-            head = {"version": VERSION, "identity": dict(self.identity)}
-            beside.write_text(json.dumps(head) + "\n", encoding="utf-8")
+            beside.write_text(self._head(), encoding="utf-8")
             sync(beside)
-            os.replace(beside, self.folder / NAME)
+            os.replace(beside, self._here / NAME)
         finally:
             beside.unlink(missing_ok=True)
-        sync(self.folder)
+        sync(self._here)
+
+    def _head(self) -> str:
+        return json.dumps({"version": VERSION, "identity": dict(self.identity)}) + "\n"
+
+    def _mend(self, torn: str, text: str) -> None:
+        """Take away a line that a kill cut off."""
+        os.truncate(self._here / NAME, len(text.encode("utf-8")) - len(torn.encode("utf-8")))
 
     def _read(self) -> bool:
         """Take over what an earlier job with this model and these options has finished; False if none has."""
@@ -122,11 +157,12 @@ class Manifest:
         if not path.is_file():
             return False
         try:
-            text = path.read_text(encoding="utf-8")
+            with path.open("rb") as content:
+                text = content.read().decode("utf-8")
             lines = text.split("\n")
             torn = lines.pop()  # empty, unless a kill came in the middle of a line
             if torn:
-                os.truncate(path, len(text.encode("utf-8")) - len(torn.encode("utf-8")))
+                self._mend(torn, text)
             head = json.loads(lines[0])
             if head["version"] != VERSION or head["identity"] != json.loads(json.dumps(dict(self.identity))):
                 return False
@@ -153,7 +189,62 @@ class Manifest:
         self.entries[name] = entry
 
 
-def state_of(path: Path) -> tuple[int, int]:
+class RemoteManifest(Manifest):
+    """The same at a URL, where nothing is locked: of two jobs at once, one may forget what the other has finished.
+
+    Files finished in the last seconds before a kill may not be noted; they are scored again, to the same end.
+    """
+
+    _lines: list[str]
+    _written = 0.0
+    _behind = False
+
+    @property
+    def _there(self) -> RemotePath:
+        beside = self.beside
+        assert isinstance(beside, RemotePath)
+        return beside
+
+    def _hold(self) -> None:
+        self._lines = [self._head()]
+        self._there.parent.mkdir()
+
+    def _begin(self) -> None:
+        self._lines = [self._head()]
+        self._write()
+
+    def _continue(self) -> None:
+        return None
+
+    def _mend(self, torn: str, text: str) -> None:
+        return None  # it is written anew with the next entry
+
+    def _replay(self, line: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(line) + "\n")
+        super()._replay(line)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._lines.append(json.dumps(line) + "\n")
+        self._behind = True
+        if time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        self._there.write_text("".join(self._lines))
+        self._there.replace(self._there.with_name(NAME))
+        self._written, self._behind = time.monotonic(), False
+
+    def _release(self) -> None:
+        if self._behind:
+            self._write()
+
+
+def manifest_at(folder: Place, identity: Mapping[str, Any]) -> Manifest:
+    """The manifest of an output folder, wherever it is."""
+    return Manifest(folder, identity) if isinstance(folder, Path) else RemoteManifest(folder, identity)
+
+
+def state_of(path: Place) -> tuple[int, int]:
     """Bytes and time of the last change, ns: of a file, or of all pictures in a folder, and of its sub-folders.
 
     Raises
@@ -161,7 +252,7 @@ def state_of(path: Path) -> tuple[int, int]:
     OSError
         If there is nothing.
     """
-    if not path.is_dir():
+    if not isinstance(path, Path) or not path.is_dir():
         stat = path.stat()
         return stat.st_size, stat.st_mtime_ns
     pictures = [picture.stat() for picture in pictures_below(path)]
@@ -171,7 +262,7 @@ def state_of(path: Path) -> tuple[int, int]:
     return sum(stat.st_size for stat in pictures), max(changes)
 
 
-def key_of(path: Path) -> str:
+def key_of(path: Place) -> str:
     """The name under which an input stands in the manifest."""
     return str(path.resolve())
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
+from anomaly_cvae.batch.filters import Where
 from anomaly_cvae.batch.pictures import FILE, OnFault, PictureColumns, refuse_picture
-from anomaly_cvae.batch.source import Batch, TableFile, Wanted
+from anomaly_cvae.batch.table_file import Batch, TableFile, Wanted
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError, ParameterError
 from anomaly_cvae.schema import Name, Schema
@@ -75,8 +76,11 @@ class Needs:
         on_fault: OnFault = refuse_picture,
         *,
         most: int | None = None,
+        where: Where | None = None,
     ) -> Iterator[Batch]:
         """The needed and the kept columns of a file, some rows at a time, never more than ``most``.
+
+        Of the rows that ``where`` wants; a batch may have none.
 
         ``on_fault`` as in `TableFile.batches`.
 
@@ -85,7 +89,7 @@ class Needs:
         DataError
             If a column is missing, or the file cannot be read.
         """
-        wanted = Wanted(self.columns, kept, self.text)
+        wanted = Wanted(self.columns, kept, self.text, where)
         if self.images and file.kind == "csv":
             raise DataError(
                 f"{file.path}: CSV holds no images, which column {next(iter(self.images))!r} needs; give a folder of "

@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 
+from anomaly_cvae.batch.places import Place
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.frames import Level
 from anomaly_cvae.images import ImageFormat, as_cells, decode_picture, image_format
@@ -54,13 +55,15 @@ def refuse_picture(path: Path, why: str) -> None:
     raise DataError(f"{path}: {why}")
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path: Place) -> bool:
     """Whether a file's name says that it holds a picture."""
     return path.suffix.lower() in SUFFIXES
 
 
-def pictures_below(folder: Path) -> list[Path]:
+def pictures_below(folder: Place) -> list[Path]:
     """Pictures in a folder and its sub-folders by name; hidden ones and those that begin with ``_`` are passed over."""
+    if not isinstance(folder, Path):
+        return []
     found = (file for file in folder.rglob("*") if is_picture(file) and file.is_file())
     return sorted(f for f in found if not any(part.startswith((".", "_")) for part in f.relative_to(folder).parts))
 
@@ -70,7 +73,7 @@ def picture_names(called: PictureColumns) -> list[str]:
     return [FILE, called.image, called.group or FOLDER]
 
 
-def read_pictures(path: Path, called: PictureColumns, rows: int, on_fault: OnFault) -> Iterator[tuple[Any, float]]:
+def read_pictures(path: Place, called: PictureColumns, rows: int, on_fault: OnFault) -> Iterator[tuple[Any, float]]:
     """A folder of pictures, or one, as tables of at most ``rows`` pictures, and the share of them read so far.
 
     Pictures that cannot be decoded, or have another format than the others, are passed to ``on_fault`` and left out.
@@ -80,6 +83,7 @@ def read_pictures(path: Path, called: PictureColumns, rows: int, on_fault: OnFau
     DataError
         If none can be used.
     """
+    assert isinstance(path, Path), "pictures at URLs are refused where they are found"
     files = pictures_below(path) if path.is_dir() else [path]
     root = path if path.is_dir() else path.parent
     lines: list[tuple[str, Any, Any]] = []
@@ -121,7 +125,7 @@ def _laid_out(image: Any, expected: ImageFormat) -> Any:
     return np.atleast_3d(image) if expected.layout == "HWC" else image
 
 
-def array_names(path: Path, called: PictureColumns, part: Part) -> list[str]:
+def array_names(path: Place, called: PictureColumns, part: Part) -> list[str]:
     """Columns of an npz file: the image, and the label if there is one.
 
     Raises
@@ -132,7 +136,7 @@ def array_names(path: Path, called: PictureColumns, part: Part) -> list[str]:
     return list(_arrays(path, called, part))
 
 
-def read_arrays(path: Path, called: PictureColumns, part: Part, rows: int) -> Iterator[tuple[Any, float]]:
+def read_arrays(path: Place, called: PictureColumns, part: Part, rows: int) -> Iterator[tuple[Any, float]]:
     """Images and labels of an npz file as tables of at most ``rows`` rows, and the share of them read so far."""
     arrays = _arrays(path, called, part)
     total = len(arrays[called.image])
@@ -142,9 +146,9 @@ def read_arrays(path: Path, called: PictureColumns, part: Part, rows: int) -> It
         yield pd.DataFrame(cells), min((start + rows) / max(total, 1), 1.0)
 
 
-def _arrays(path: Path, called: PictureColumns, part: Part) -> dict[str, Any]:
+def _arrays(path: Place, called: PictureColumns, part: Part) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as saved:
             if f"x_{part}" not in saved:
                 there = ", ".join(saved) or "nothing"
                 raise DataError(f"{path}: has no array 'x_{part}' of images (N, height, width); it holds {there}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import pandas as pd
 
+from anomaly_cvae.batch.places import Place
 from anomaly_cvae.detector import UNKNOWN_CLASS
 from anomaly_cvae.errors import MissingDependencyError, OutputError
 
@@ -34,20 +35,24 @@ SCORED_TYPES = {
 
 
 class ScoredFile:
-    """Writes one scored file; nothing stands at ``path`` until all of it does.
+    """Writes one scored file; nothing stands at ``path`` until `finish`.
 
-    A context manager: on an error the unfinished file is removed.
+    A context manager: what is not finished is removed at its end.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Place, metadata: Mapping[str, str]) -> None:
         self.path, self.metadata = path, dict(metadata)
         self.partial = partial_of(path)
         self.writer: Any = None
+        self.stream: IO[bytes] | None = None
         self.waiting: list[Any] = []
         self.n_waiting = 0
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.path, Path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            self.path.parent.mkdir()
         return self
 
     def write(self, kept: Any, scored: pd.DataFrame) -> None:
@@ -60,7 +65,14 @@ class ScoredFile:
         self.waiting.append(table)
         self.n_waiting += table.nbytes
         if self.n_waiting >= BYTES_PER_GROUP:
-            self._flush()
+            with self._faults_named():
+                self._flush()
+
+    @contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        """What a file system at a URL raises, in our words."""
+        with nullcontext() if isinstance(self.path, Path) else self.path.writing():
+            yield
 
     def _flush(self) -> None:
         arrow, parquet = _pyarrow()
@@ -69,37 +81,50 @@ class ScoredFile:
         table = arrow.concat_tables(self.waiting)
         if self.writer is None:
             schema = table.schema.with_metadata({k.encode(): v.encode() for k, v in self.metadata.items()})
-            self.writer = parquet.ParquetWriter(self.partial, schema)
+            if not isinstance(self.partial, Path):
+                self.stream = self.partial.create()
+            self.writer = parquet.ParquetWriter(self.stream or self.partial, schema)
         self.writer.write_table(table.replace_schema_metadata(self.writer.schema.metadata))
         self.waiting, self.n_waiting = [], 0
+
+    def finish(self) -> None:
+        """Write what is left, and put the file in its place."""
+        with self._faults_named():
+            self._flush()
+            self.writer.close()
+            self.writer = None
+            self._publish()
+
+    def _publish(self) -> None:
+        self._close_stream()
+        if isinstance(self.partial, Path):
+            sync(self.partial)
+        self.partial.replace(self.path)  # type: ignore[arg-type]  # of one file system
+        if isinstance(self.path, Path):
+            sync(self.path.parent)
+
+    def _close_stream(self) -> None:
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._flush()
+        with suppress(*([Exception] if self.stream else [OSError])):  # what made this file fail refuses its footer, too
+            if self.writer is not None:
                 self.writer.close()
-                self.writer = None
-                sync(self.partial)
-                os.replace(self.partial, self.path)
-                sync(self.path.parent)
-        finally:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        if self.writer is not None:
-            with suppress(OSError):  # the disk that made this file fail also refuses its footer
-                self.writer.close()
+        with suppress(Exception):
+            self._close_stream()
         self.partial.unlink(missing_ok=True)
 
 
-def partial_of(path: Path) -> Path:
+def partial_of(path: Place) -> Place:
     """Where a scored file is written before it takes its place."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
-def require_own(path: Path) -> None:
+def require_own(path: Place) -> None:
     """Raise unless nothing stands at ``path``, or a scored file does.
 
     Raises
@@ -135,10 +160,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def metadata_of(path: Path) -> dict[str, str]:
+def metadata_of(path: Place) -> dict[str, str]:
     """What a scored file says of the model that scored it."""
     _, parquet = _pyarrow()
-    pairs = parquet.read_schema(path).metadata or {}
+    with path.open("rb") as content:
+        pairs = parquet.read_schema(content).metadata or {}
     return {key.decode(): value.decode() for key, value in pairs.items() if key != b"ARROW:schema"}
 
 
@@ -157,3 +183,10 @@ def counts_by_class(scored: pd.DataFrame, known: Collection[str]) -> dict[str, t
     names = names.where(names.isin(known), UNKNOWN_CLASS).where(names.notna(), MISSING)
     grouped = scored["is_anomaly"].groupby(names).agg(["size", "sum"])
     return {str(name): (int(n), int(flagged)) for name, n, flagged in grouped.itertuples()}
+
+
+def add_counts(totals: dict[str, tuple[int, int]], more: Mapping[str, tuple[int, int]]) -> None:
+    """Add rows and anomalies per class to ``totals``."""
+    for name, (rows, anomalies) in more.items():
+        before = totals.get(name, (0, 0))
+        totals[name] = (before[0] + rows, before[1] + anomalies)

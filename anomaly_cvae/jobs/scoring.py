@@ -10,7 +10,8 @@ import pandas as pd
 
 from anomaly_cvae import bundle
 from anomaly_cvae.batch import ScoreOptions, Summary, score_files
-from anomaly_cvae.batch.local import Progress
+from anomaly_cvae.batch.places import shown
+from anomaly_cvae.batch.results import Progress
 from anomaly_cvae.errors import TrackingError
 from anomaly_cvae.jobs.models import OpenModel
 from anomaly_cvae.jobs.runs import child_run
@@ -50,19 +51,28 @@ def score_tables(
     if not log:
         return Scored(summary)
     try:
-        return Scored(summary, _log(model, inputs, output, summary, log_rows))
+        return Scored(summary, _log(model, inputs, output, options, summary, log_rows))
     except TrackingError as error:
         return Scored(summary, tracking_error=str(error))
 
 
-def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: Summary, log_rows: bool) -> str:
+def _log(
+    model: OpenModel,
+    inputs: Sequence[str],
+    output: str | Path,
+    options: ScoreOptions,
+    summary: Summary,
+    log_rows: bool,
+) -> str:
     from anomaly_cvae import tracking
 
     parameters = {
         "model": model.name,
         "model_sha256": model.sha256,
-        "inputs": ", ".join(inputs),
-        "output": str(output),
+        "inputs": ", ".join(map(shown, inputs)),
+        "output": shown(output),
+        **({} if options.where is None else {"where": options.where}),
+        **({} if options.max_rows is None else {"max_rows": str(options.max_rows)}),
     }
     classes = summary.classes
     # What is wrong with a file may quote a cell of it.
@@ -76,11 +86,11 @@ def _log(model: OpenModel, inputs: Sequence[str], output: str | Path, summary: S
         columns=["file", "status", "rows", "anomalies", "seconds", "error"],
     )
     status = {name: int((files["status"] == name).sum()) for name in ("scored", "unchanged", "failed")}
-    with child_run(model, f"score {Path(inputs[0]).name} with {model.label}", "score", parameters) as run_id:
+    with child_run(model, f"score {Path(shown(inputs[0])).name} with {model.label}", "score", parameters) as run_id:
         tracking.log_numbers(
             {
                 "rows": summary.rows,
-                "rows_per_second": summary.rows / max(summary.seconds, 1e-9),
+                "rows_per_second": summary.rows_per_second,
                 "seconds/total": summary.seconds,
                 **{f"seconds/{stage}": seconds for stage, seconds in summary.stages.items()},
                 **{f"files/{name}": count for name, count in status.items()},

@@ -8,88 +8,32 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor, nn
+from reference import (
+    CLASSES,
+    COLUMNS,
+    EAGER_CHUNKS,
+    HIDDEN,
+    LATENT,
+    EagerCVAE,
+    encoded_rows,
+    reference_engine,
+    seconds,
+)
+from torch import Tensor
 
 from anomaly_cvae import CVAEDetector, presets
 from anomaly_cvae.datasets import claimed_digits
-from anomaly_cvae.encoding import Encoded, Encoder
-from anomaly_cvae.fitting import FitSettings, build_engine, fit_aggregate
-from anomaly_cvae.schema import Column, Condition, Schema
-from anomaly_cvae.scoring import ScoringEngine
-from anomaly_cvae.training import TrainingSettings
-
-COLUMNS, CLASSES, HIDDEN, LATENT = 64, 10, 256, 16
-EAGER_CHUNKS = (1024, 2048, 4096, 8192)
-
-
-class EagerCVAE(nn.Module):
-    """The reference network written as most people would: one-hot concatenated, two hidden layers, Gaussian head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Linear(COLUMNS + CLASSES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, 2 * LATENT),
-        )  # fmt: skip
-        self.decoder = nn.Sequential(
-            nn.Linear(LATENT + CLASSES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, 2 * COLUMNS),
-        )  # fmt: skip
-
-    def negative_elbo(self, x: Tensor, condition: Tensor, noise: Tensor) -> Tensor:
-        """One sample, standard-normal prior, (N,)."""
-        mean, log_variance = self.encoder(torch.cat([x, condition], dim=1)).chunk(2, dim=1)
-        z = mean + torch.exp(0.5 * log_variance) * noise
-        location, log_scale2 = self.decoder(torch.cat([z, condition], dim=1)).chunk(2, dim=1)
-        log_prob = -0.5 * ((x - location) ** 2 * torch.exp(-log_scale2) + log_scale2 + np.log(2 * np.pi))
-        kl = 0.5 * (mean**2 + torch.exp(log_variance) - 1 - log_variance)
-        return kl.sum(1) - log_prob.sum(1)
-
-
-def reference_engine(prior: str, head: str, encoded: Encoded) -> ScoringEngine:
-    """Our engine with the reference network's widths, untrained weights."""
-    schema = Schema(
-        columns=tuple(Column(f"x{i}", "real") for i in range(COLUMNS)),
-        conditions=(Condition("c", "categorical", tuple(range(CLASSES))),),
-        classes=tuple((k,) for k in range(CLASSES)),
-    )
-    frame = pd.DataFrame(encoded.values, columns=schema.names)
-    settings = FitSettings(
-        conditioning="shared", n_estimators=1, latent_dim=LATENT, hidden_dims=(HIDDEN, HIDDEN), prior=prior,
-        n_samples=1, scale_floor=0.08, false_alarm_rate=0.01, contamination=None, validation_fraction=0.1,
-        calibration_fraction=0.2, device=torch.device("cpu"), dtype=torch.float32,
-        training=TrainingSettings(max_steps=1, batch_size=256, learning_rate=1e-3),
-    )  # fmt: skip
-    engine = build_engine(Encoder.fit(schema, frame, dict.fromkeys(schema.names, head)), encoded, settings, seed=0)
-    if prior == "aggregate":
-        fit_aggregate(engine, encoded.take(np.arange(20_000)), seed=0)
-    return engine
-
-
-def seconds(job: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
 
 
 def scoring(n_rows: int, repeats: int) -> list[tuple[str, float, float]]:
     """(name, rows/s, ratio to the best eager chunk size of the same round), medians over rounds."""
-    rng = np.random.default_rng(0)
-    encoded = Encoded(
-        rng.normal(size=(n_rows, COLUMNS)),
-        np.ones((n_rows, COLUMNS), dtype=bool),
-        rng.integers(0, CLASSES, n_rows),
-        np.zeros((n_rows, 0)),
-    )
+    encoded = encoded_rows(n_rows)
     x = torch.as_tensor(encoded.values, dtype=torch.float32)
     condition = torch.nn.functional.one_hot(torch.as_tensor(encoded.class_index), CLASSES).float()
     eager, noise = EagerCVAE(), torch.randn(LATENT)
