@@ -272,6 +272,9 @@ def score(
         str | None, typer.Option(help="Rows to score, such as \"machine == 'M' and rpm > 1200\" (all).")
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score this many rows at most (all).")] = None,
+    mixed_precision: Annotated[
+        bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree to about 1 in 500.")
+    ] = False,
     on_error: Annotated[OnError, typer.Option(help="What a file that cannot be used means.")] = OnError.skip,
     unseen_class: Annotated[
         UnseenClass, typer.Option(help="Rows of a class not seen in training.")
@@ -294,7 +297,7 @@ def score(
         from anomaly_cvae import batch, jobs
 
         policies = {"unseen_class": unseen_class.value, "missing_condition": missing_condition.value}
-        opened = jobs.open_model(model, device=device, **policies)
+        opened = jobs.open_model(model, device=device, mixed_precision=mixed_precision, **policies)
         options = batch.ScoreOptions(
             keep=tuple(keep) if keep else None,
             keep_all=keep_all,

@@ -252,7 +252,7 @@ def interrupted_in_training(folder: Path, *, max_steps: int, at: str, after: flo
 
 def read_terminal(terminal: int, until: str | None = None) -> str:
     """What is written there until some words come, or until its writer ends."""
-    text, ends = "", time.monotonic() + 40
+    text, ends = "", time.monotonic() + 120
     while until is None or until not in text:
         assert time.monotonic() < ends, text
         if not select.select([terminal], [], [], 0.1)[0]:

@@ -193,6 +193,7 @@ class _Job:
         from anomaly_cvae import __version__
 
         policies = ("score_kind", "unseen_class", "missing_condition")
+        precision = self.detector.model_.engine.precision
         return {
             "model_sha256": self.model_hash,
             "library_version": __version__,
@@ -201,6 +202,7 @@ class _Job:
             "csv_format": asdict(self.options.csv_format),
             **{name: getattr(self.detector, name) for name in policies},
             **({} if self.where is None else {"where": self.where.text}),
+            **({"precision": precision} if precision != "float32" else {}),
         }
 
     def score(self, file: TableFile, target: Place, manifest: Manifest) -> FileResult:

@@ -51,8 +51,10 @@ class OpenModel:
         return not is_uri(self.name)
 
 
-def open_model(name: str, *, device: str = "auto", **policies: str) -> OpenModel:
+def open_model(name: str, *, device: str = "auto", mixed_precision: bool = False, **policies: str) -> OpenModel:
     """Load a model; ``unseen_class`` and ``missing_condition``, where given, replace its policies.
+
+    ``mixed_precision`` has it score with products in bfloat16, even if it was not trained to.
 
     Raises
     ------
@@ -68,16 +70,16 @@ def open_model(name: str, *, device: str = "auto", **policies: str) -> OpenModel
             raise BundleError(f"{name} is not a model: MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
         if not folder.is_dir():
             raise BundleError(f"{name}: no such folder; MODEL is a folder, runs:/ID or models:/NAME@ALIAS")
-    detector, sha256 = _load(folder, device)
+    detector, sha256 = _load(folder, device, mixed_precision)
     detector.set_params(**policies)
     return OpenModel(name, folder, detector, sha256, run_id or bundle.provenance(folder).get("run_id"))
 
 
-def _load(folder: Path, device: str) -> tuple[CVAEDetector, str]:
+def _load(folder: Path, device: str, mixed_precision: bool) -> tuple[CVAEDetector, str]:
     """The detector and the hash of what was loaded, should the folder be replaced at this very moment."""
     for _ in range(3):
         sha256 = bundle.model_hash(folder)
-        detector = CVAEDetector.load(folder, device=device)
+        detector = CVAEDetector.load(folder, device=device, mixed_precision=mixed_precision or None)
         if bundle.model_hash(folder) == sha256:
             return detector, sha256
     raise BundleError(f"{folder} is being written to again and again; try later")
