@@ -342,8 +342,9 @@ def explain(
         from anomaly_cvae import batch, jobs
 
         as_picture = report.check_output(output, picture=True)
-        policies = {"unseen_class": "anomaly", "missing_condition": missing_condition.value}
-        opened = jobs.open_model(model, device=device, **policies)
+        opened = jobs.open_model(
+            model, device=device, unseen_class="anomaly", missing_condition=missing_condition.value
+        )
         if as_picture:
             jobs.image_of(opened)
         explanation = jobs.explain_tables(

@@ -17,7 +17,8 @@ PARAMETERS = [
 ]  # fmt: skip
 METHODS = [
     "alarm_columns", "calibrated_score", "class_negative_elbo", "condition_proba", "contrast", "decision_function",
-    "edit", "explain", "explain_pixels", "fit", "fit_files", "fit_predict", "fit_transform", "get_feature_names_out", "impute",
+    "edit", "explain", "explain_pixels", "fit", "fit_files", "fit_predict", "fit_transform", "get_feature_names_out",
+    "impute",
     "impute_draws", "impute_intervals", "infer_schema", "interpolate", "latent_map", "load", "negative_elbo",
     "negative_log_likelihood", "p_values", "predict", "recalibrate", "reconstruct", "sample", "save", "score_samples",
     "score_table", "select", "top_columns", "transform",
