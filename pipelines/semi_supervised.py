@@ -6,9 +6,9 @@ spread from neighbour to neighbour (Zhou et al. 2004); M2 then takes the most ce
 the others stays latent. (Kingma et al. put M2 on the latent codes of M1 instead: on ours that had 12 to 14 % error.)
 Every split has as many labels of each class. What counts is the test error of q(c | x).
 
-The labels that are given are too few to choose settings by, and no other label of a training image was used. The
-settings here were chosen by the error of the splits from `TUNING_SPLIT` on; those that are reported, from 0 on, had no
-part in that.
+The labels that are given are too few to choose settings by. The settings here were chosen by the error, of labels
+spread over training images and of test images, on the splits from `TUNING_SPLIT` on; those that are reported, from 0
+on, had no part in that. They are other choices of labels, not other images.
 """
 
 from __future__ import annotations
