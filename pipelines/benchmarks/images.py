@@ -135,10 +135,10 @@ NOTES = """## Read with care
 - **One class**: the score here is not the negative ELBO but squared error plus KL, for MNIST per length of the image;
   chosen on held-out training images of MNIST 2, 5, 8 and Fashion-MNIST 0, 2, 6 with the other classes' labels. The
   negative ELBO stands beside it.
-- **Few labels**: settings were chosen on splits 100 to 104 (neighbours, model of the latent space) and 100 (share of spread
-  labels taken as given), by errors on training and test images; the width of pixels is that of the digits study. An
-  earlier M1+M2, without spreading, had been seen on split 0 (11.5 %).
-- **Faces**: how far z moves along in "z moved" was chosen from 2 to 12 on 200 of the held-out faces that are judged here.
+- **Few labels**: settings were chosen on splits 100 to 104 (neighbours, model of the latent space) and 100 (share of
+  spread labels taken as given), by errors on training and test images; the width of pixels is that of the digits
+  study. An earlier M1+M2, without spreading, had been seen on split 0 (11.5 %).
+- **Faces**: how far z moves along in "z moved" was chosen from 2 to 12 on 200 held-out faces of those judged here.
 - **Digits**: the width of a pixel and the number of latent units were chosen by class error and contrast on 2,500
   training images; a first model with narrow pixels had been judged on test images (9 % class error).
 - **Seconds** were taken beside other work on the same two cores: read them as upper bounds.
