@@ -284,7 +284,8 @@ def test_an_interrupt_before_the_first_look_at_held_out_rows_saves_no_untrained_
     """Of ten million steps a fortieth is done before the first look: there are no best weights until then."""
     code, _, err = interrupted_in_training(tmp_path, max_steps=10_000_000, at="steps", after=2.0)
     assert "Traceback" not in err
-    assert code in (0, 130), err
+    # Python ends by the signal itself where an import was interrupted; a shell calls that 130, too.
+    assert code in (0, 130, -signal.SIGINT), err
     assert (tmp_path / "m").exists() == (code == 0)
     if code == 0:
         assert CVAEDetector.load(tmp_path / "m", device="cpu").history_["step"].max() > 0
