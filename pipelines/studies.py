@@ -75,6 +75,7 @@ class Study:
         """Note one measured number beside the goal it is held against, and say it."""
         self.figures[what] = {"value": float(value), "unit": unit, "goal": goal, "note": note}
         self.console.print(f"  {what}: [bold]{value:.4g}[/bold] {unit}  (goal {goal}){'; ' + note if note else ''}")
+        self.write(finished=False)  # hours may lie between two figures: what is measured is not to be lost
 
     def picture(self, name: str, drawn: Figure) -> None:
         """Write a picture to the folder, and keep it for the run."""
@@ -84,17 +85,7 @@ class Study:
 
     def finish(self, detector: CVAEDetector, evaluation: metrics.Evaluation | None = None) -> None:
         """Write the figures, log the run with the model in the end chosen, and say what to open."""
-        written = self.output / FIGURES
-        about = {
-            "study": self.name,
-            "preset": self.preset,
-            "rows": self.rows,
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "seconds": {name: round(seconds) for name, seconds in self.seconds.items()},
-        }
-        self.output.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps({**about, "figures": self.figures}, indent=1) + "\n")
+        written = self.write(finished=True)
         if self.track:
             tracking.use_store(self.name)
             extras = tracking.Extras(figures=self.pictures, seconds=self.seconds, parameters={"preset": self.preset})
@@ -107,6 +98,21 @@ class Study:
         self.console.print(f"  {written}")
         if self.track:
             self.console.print("  make ui: the run in MLflow, at http://127.0.0.1:5000")
+
+    def write(self, *, finished: bool) -> Path:
+        """The figures so far, with where and when they were measured, as JSON."""
+        about = {
+            "study": self.name,
+            "preset": self.preset,
+            "rows": self.rows,
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "seconds": {name: round(seconds) for name, seconds in self.seconds.items()},
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        written = self.output / FIGURES
+        written.write_text(json.dumps({**about, "finished": finished, "figures": self.figures}, indent=1) + "\n")
+        return written
 
 
 def study(
