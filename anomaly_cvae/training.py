@@ -341,6 +341,7 @@ class _Loop:
             i: {key: tensors[f"optimizer.{i}.{key}"].cpu() if key == "step" else tensors[f"optimizer.{i}.{key}"]
                 for key in OPTIMIZER_STATE}
             for i in range(len(self.parameters))
+            if f"optimizer.{i}.step" in tensors  # a parameter that nothing depends on has no state
         }  # fmt: skip
         self.optimizer.load_state_dict(state)
         self.best_loss, self.stale = tensors["best_loss"], tensors["stale"]

@@ -94,9 +94,14 @@ def test_an_interrupted_fit_ends_exactly_where_the_uninterrupted_one_does(
     assert_same(continued, expected, table())
 
 
-@pytest.mark.parametrize("objective", ["elbo", "vae_gan"])
-def test_so_does_one_of_images(objective: str, tmp_path: Path, cut_after: Callable[[int | None], list[int]]) -> None:
-    settings = {**IMAGES, "objective": objective, "mask_rate": 0.5 if objective == "elbo" else 0.0}
+IMAGE_CHANGES = [{"mask_rate": 0.5}, {"objective": "vae_gan", "mask_rate": 0.0}, {"prior": "vamp"}]
+
+
+@pytest.mark.parametrize("changes", IMAGE_CHANGES, ids=["elbo", "vae_gan", "vamp"])
+def test_so_does_one_of_images(
+    changes: dict[str, Any], tmp_path: Path, cut_after: Callable[[int | None], list[int]]
+) -> None:
+    settings = {**IMAGES, **changes}
     expected = fit(images(), **settings)
     cut_after(3)
     with pytest.raises(PowerCut):
