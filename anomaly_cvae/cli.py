@@ -273,7 +273,7 @@ def score(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score this many rows at most (all).")] = None,
     mixed_precision: Annotated[
-        bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree to about 1 in 500.")
+        bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree within 0.5 %.")
     ] = False,
     on_error: Annotated[OnError, typer.Option(help="What a file that cannot be used means.")] = OnError.skip,
     unseen_class: Annotated[

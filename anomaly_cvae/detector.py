@@ -116,7 +116,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     device : "auto", "cpu", "cuda", "mps"
     dtype : "float32" or "float64"
     mixed_precision : "training" takes products and convolutions in bfloat16 where the hardware has it, weights and
-        sums stay in ``dtype``; True does so in scores, too, which then agree with the others to about 1 in 500
+        sums stay in ``dtype``; True does so in scores, too, which then agree with the others within 0.5 %
     random_state : int, RandomState or None; the only source of randomness
     verbose : 0 silent, 1 progress bar, 2 a line per epoch
 

@@ -3,7 +3,7 @@
 ``python pipelines/semi_supervised.py --source mnist.npz``. M2 is one model of the images whose class is latent where
 it is not given (Kingma et al. 2014). M1+M2 learns a plain model of all images first. In its latent space the few labels
 spread from neighbour to neighbour (Zhou et al. 2004); M2 then takes the most certain of them as given, and the class of
-the others stays latent. (Kingma et al. put M2 on the latent codes of M1 instead: on ours that had 12 to 14 % error.)
+the others stays latent. (Kingma et al. put M2 on the latent codes of M1 instead; on ours that erred far more often.)
 Every split has as many labels of each class. What counts is the test error of q(c | x).
 
 The labels that are given are too few to choose settings by. The settings here were chosen by the error, of labels

@@ -261,7 +261,7 @@ def shown(given: str | Path | RemotePath) -> str:
 
 def _opened(url: str) -> tuple[Any, str]:
     try:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec  # type: ignore[import-untyped]  # it has no types
     except ImportError as error:
         raise MissingDependencyError(f"{shown(url)}: files at URLs need fsspec: pip install fsspec") from error
     try:
@@ -275,7 +275,7 @@ def _opened(url: str) -> tuple[Any, str]:
 
 def _of_pyarrow(url: str, missing: ImportError) -> tuple[Any, str]:
     """Where fsspec's package for a kind of address is not installed, pyarrow may know it by itself."""
-    from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
+    from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]  # as above
     from pyarrow import fs
 
     try:
