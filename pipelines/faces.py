@@ -87,7 +87,8 @@ def run(study: Study, train: Faces, unseen: Faces) -> CVAEDetector:
     """Train, draw, measure; returns the model with the inference head."""
     images, attributes = mirrored(train)
     vae = study.fitted("vae", parameters(study, "vae", inference_head=True), images, attributes)
-    gan = study.fitted("vae_gan", parameters(study, "vae_gan", objective="vae_gan"), images, attributes)
+    imitating = parameters(study, "vae_gan", objective="vae_gan", inference_head=True)
+    gan = study.fitted("vae_gan", imitating, images, attributes)
     models = {"VAE": vae, "VAE/GAN": gan}
     first = unseen.take(slice(0, SHOWN))
     study.picture("inferred", inferred(vae, first))

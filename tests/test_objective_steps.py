@@ -14,7 +14,18 @@ from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.errors import ConditionError, ParameterError
 from anomaly_cvae.model import CVAE, Architecture
-from anomaly_cvae.objectives import Adversarial, BoundObjective, Draws, Hybrid, Objective, SemiSupervised, objective
+from anomaly_cvae.objectives import (
+    Adversarial,
+    BoundObjective,
+    Draws,
+    Hybrid,
+    Objective,
+    SemiSupervised,
+    adversarial,
+    objective,
+)
+from anomaly_cvae.objectives.adversarial import otherwise
+from anomaly_cvae.objectives.step import inference_loss
 from anomaly_cvae.rows import Batch, DeviceRows
 from anomaly_cvae.training import TrainingSettings, train
 
@@ -222,6 +233,64 @@ def test_the_model_is_not_trained_by_the_discriminators_step_nor_the_discriminat
     own.after(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert not [p for p in networks_of(own) if any(p is mine for mine in model.parameters())]
+
+
+def told_bank(n_classes: int, n_attributes: int) -> tuple[CVAE, Batch]:
+    """A bank that is told and tells classes and attributes, and rows of them."""
+    n_conditions = n_classes + 1 + n_attributes
+    model = bank(n_conditions=n_conditions, n_classes=n_classes, n_attributes=n_attributes)
+    model.class_table = torch.eye(n_classes)
+    index = torch.arange(6).reshape(1, -1) % max(n_classes, 1)
+    parts = [torch.eye(n_classes)[index[0]]] if n_classes else []
+    parts += [torch.full((6, 1), 0.3), torch.ones(6, n_attributes)]
+    rows = batch_of(model)
+    condition = torch.cat(parts, dim=1).unsqueeze(0)
+    return model, Batch(rows.values, None, condition, class_index=index if n_classes else None)
+
+
+@pytest.mark.parametrize(("n_classes", "n_attributes"), [(3, 0), (0, 4), (3, 2)])
+def test_images_are_drawn_under_another_condition_of_the_same_kind(n_classes: int, n_attributes: int) -> None:
+    model, rows = told_bank(n_classes, n_attributes)
+    seen = [otherwise(model, rows, draws(seed)) for seed in range(20)]
+    for other in seen:
+        assert other.condition.shape == rows.condition.shape
+        assert (other.condition[..., n_classes] == 0.3).all()  # a number is no class: it stays
+        assert ((other.condition != rows.condition)[..., n_classes + 1 :].sum(-1) == min(1, n_attributes)).all()
+        if n_classes:
+            assert torch.equal(other.condition[..., :n_classes], model.class_table[other.class_index])
+    if n_classes:
+        assert len(torch.unique(torch.stack([other.class_index for other in seen]))) == n_classes
+    assert len(torch.unique(torch.stack([other.condition for other in seen]), dim=0)) > 10
+
+
+def test_the_inference_head_learns_from_real_images_alone() -> None:
+    model, rows = told_bank(3, 2)
+    own = Adversarial()
+    own.start(model, draws(), 1e-2)
+    own.loss(model, rows, draws(), 1.0).rows.sum().backward()
+    found = [p.grad.clone() for p in model.inference_head.parameters()]
+    model.zero_grad()
+    inference_loss(model, rows).sum().backward()
+    for gradient, parameter in zip(found, model.inference_head.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_the_decoder_learns_to_obey_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares at four places whose attributes are often wrong: z, which knows the place, is the better guide."""
+    shown = images(400)
+    place = brightest_quarter(shown)
+    wrong = np.random.default_rng(1).random((400, 2)) < 0.3
+    table = pd.DataFrame({"low": (place >= 2) ^ wrong[:, 0], "right": (place % 2 == 1) ^ wrong[:, 1]})
+    kinds = dict.fromkeys(table, "attribute")
+    settings = {**TINY, "latent_dim": 4, "channels": (8, 16), "inference_head": True, "column_kinds": kinds}
+
+    def obeyed(weight: float) -> float:
+        monkeypatch.setattr(adversarial, "OBEDIENCE_WEIGHT", weight)
+        detector = CVAEDetector(objective="vae_gan", **settings).fit(shown, condition=table)
+        made = detector.edit(shown, table, {"low": place < 2})
+        return float((brightest_quarter(made) // 2 == (place < 2)).mean())
+
+    assert obeyed(0.5) > obeyed(0.0) + 0.2
 
 
 def test_the_last_weights_are_kept_although_the_held_out_loss_was_lower_before() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import Blocks, CellEncoder, Cells
 from anomaly_cvae.objectives.bounds import with_free_bits
-from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss
+from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, with_class
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch
 
@@ -22,6 +22,8 @@ FOOLING_WEIGHT = 0.005
 
 The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5,
 the KL dwindled: reconstructions were no longer of their images."""
+OBEDIENCE_WEIGHT = 0.005
+"""Of being told as the condition that was asked for, per feature in which images are compared."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
 equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""
@@ -31,6 +33,24 @@ LEAST_VARIANCE = 1e-6
 """Of a feature; one that is the same in every image says nothing."""
 BETAS = (0.5, 0.9)
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images as rows of pixels (M, R, D), each block of N rows made under conditions (M or 1, R, C)."""
+
+    values: Tensor
+    condition: Tensor | None
+
+    def and_also(self, values: Tensor, condition: Tensor | None) -> Drawn:
+        """These and more."""
+        if self.condition is not None and condition is not None:
+            condition = torch.cat([self.condition, condition.expand(len(self.condition), -1, -1)], dim=1)
+        return Drawn(torch.cat([self.values, values], dim=1), condition)
+
+    def detached(self) -> Drawn:
+        """The same without a gradient."""
+        return Drawn(self.values.detach(), self.condition)
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,10 @@ class Adversarial(Objective):
     reconstructions and on images from the prior; the discriminator has an optimiser of its own (algorithm
     1). The width of the pixel likelihood is learned, too, from the error that is left, so that the negative
     ELBO of the result means something; its mean has no part in that.
+
+    A model with an inference head also draws every z under another condition than its own, and the decoder
+    lowers -log q(c | x) of that condition there: else z, which knows the face, would outvote an attribute
+    that is changed (He et al. 2019, who have no z to infer). The head learns from real images alone.
     """
 
     keeps_best = False
@@ -116,17 +140,27 @@ class Adversarial(Objective):
         noise = draws.latent(model, batch, 1)
         imagined = prior.sample(noise) if isinstance(prior, DiagonalNormal) else noise
         # The encoder is to be judged by similarity alone, not by how well it fools: its z is held here.
-        parameters = model.decode(torch.cat([z.detach(), imagined], dim=1), batch.condition)
-        made = model.means(parameters).flatten(1, 2)
-        real = self._judge(model, batch.values, batch)
-        distance, fooled = self._for_the_model(model, means, made, real, batch)
+        held = z.detach()
+        parameters = model.decode(torch.cat([held, imagined], dim=1), batch.condition)
+        made = Drawn(model.means(parameters).flatten(1, 2), _repeated(batch.condition, 2))
+        disobedience = torch.zeros(())
+        if model.inference_head is not None:
+            inference = inference_loss(model, batch)
+            wanted = otherwise(model, batch, draws)
+            edited = model.means(model.decode(held, wanted.condition))[:, 0]
+            disobedience = _as_told(model, replace(wanted, values=edited))
+            made = made.and_also(edited, wanted.condition)
+        seen = Drawn(batch.values, batch.condition)
+        real = self._judge(model, seen, batch)
+        distance, fooled = self._for_the_model(model, Drawn(means, batch.condition), made, real, batch)
         log_prob = model.log_prob(model.with_means_held(parameters[:, :1]), batch)
         terms = with_free_bits(Terms(log_prob, prior.kl(posterior), z, posterior, prior), self.free_bits)
-        weight = FOOLING_WEIGHT * sum(maps[0, 0].numel() for maps in real.features)
-        nats = kl_weight * terms.kl.sum(-1) + distance + weight * fooled + _lightly(-log_prob.sum(-1).mean(1))
+        n_features = sum(maps[0, 0].numel() for maps in real.features)
+        nats = kl_weight * terms.kl.sum(-1) + distance + _lightly(-log_prob.sum(-1).mean(1))
+        nats = nats + n_features * (FOOLING_WEIGHT * fooled + OBEDIENCE_WEIGHT * disobedience)
         if model.inference_head is not None:
-            nats = nats + inference_loss(model, batch)
-        fake = self._judge(model, made.detach(), batch)
+            nats = nats + inference
+        fake = self._judge(model, made.detached(), batch)
         self._pending = (softplus(-real.logits).mean(-1) + softplus(fake.logits).mean(-1)).sum()
         return Loss(nats.double(), log_prob)
 
@@ -142,7 +176,7 @@ class Adversarial(Objective):
         self._pending = None
 
     def _for_the_model(
-        self, model: CVAE, means: Tensor, made: Tensor, real: Judgement, batch: Batch
+        self, model: CVAE, means: Drawn, made: Drawn, real: Judgement, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Distance of the reconstructions ``means`` in features, and cost of not fooling with ``made``: (M, N) each."""
         assert self.discriminator is not None
@@ -152,17 +186,49 @@ class Adversarial(Objective):
         logits = self._judge(model, made, batch).logits
         self.discriminator.requires_grad_(True)
         distances = [feature_distance(own, seen.detach()) for own, seen in zip(features, real.features, strict=True)]
-        return torch.stack(distances).sum(0), softplus(-logits).reshape(*means.shape[:1], -1, means.shape[1]).sum(1)
+        members, n_rows = means.values.shape[:2]
+        return torch.stack(distances).sum(0), softplus(-logits).reshape(members, -1, n_rows).sum(1)
 
-    def _judge(self, model: CVAE, values: Tensor, batch: Batch) -> Judgement:
-        """Features of the middle scale, and logits, of images (M, R, D), R a multiple of the batch's rows."""
+    def _judge(self, model: CVAE, drawn: Drawn, batch: Batch) -> Judgement:
+        """Features of the middle scale, and logits, of images, as many blocks of the batch's rows as there are."""
         assert self.discriminator is not None
+        values = drawn.values
         if batch.observed is not None:
             # A hidden pixel is hidden in both: else it would give the real image away.
             values = values * batch.observed.repeat(1, values.shape[1] // batch.observed.shape[1], 1)
         cells = Cells(values.new_zeros(*values.shape[:2], 0), model.images(values))
-        encoding = self.discriminator(cells, batch.condition)
+        encoding = self.discriminator(cells, drawn.condition)
         return Judgement([maps[len(maps) // 2].to(values.dtype) for maps in encoding.maps], encoding.outputs[..., 0])
+
+
+def otherwise(model: CVAE, batch: Batch, draws: Draws) -> Batch:
+    """The batch under another condition: any class, and one attribute of every row turned to its opposite."""
+    members, n_rows, _ = batch.values.shape
+    architecture = model.architecture
+    if architecture.n_classes:
+        index = (draws.uniform(members, n_rows) * architecture.n_classes).long()
+        batch = with_class(model, batch, index.clamp(max=architecture.n_classes - 1))
+    assert batch.condition is not None
+    if architecture.n_attributes:
+        condition = batch.condition.expand(members, n_rows, -1)
+        first = condition.shape[-1] - architecture.n_attributes
+        turned = first + (draws.uniform(members, n_rows, 1) * architecture.n_attributes).long()
+        turned = turned.clamp(max=condition.shape[-1] - 1)
+        batch = replace(batch, condition=condition.scatter(-1, turned, -condition.gather(-1, turned)))
+    return batch
+
+
+def _as_told(model: CVAE, batch: Batch) -> Tensor:
+    """-log q(c | x) of images, (M, N), of which the inference head, which is to know real ones, learns nothing."""
+    assert model.inference_head is not None
+    model.inference_head.requires_grad_(False)
+    nats = inference_loss(model, batch)
+    model.inference_head.requires_grad_(True)
+    return nats
+
+
+def _repeated(condition: Tensor | None, n: int) -> Tensor | None:
+    return None if condition is None else condition.repeat(1, n, 1)
 
 
 def feature_distance(own: Tensor, real: Tensor) -> Tensor:
