@@ -28,6 +28,21 @@ MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS = 1_000
 """Per class and level; the level of complete rows uses every calibration row."""
 MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS = 200
 """The same of images, which cost more and have more cells to vary by."""
+MAX_CLAIMS = 500_000
+"""Calibration rows times classes, of which complete rows get the score of every class: a hundred classes are not to
+cost a hundred times one. Each row keeps its own class's score; no class has fewer than `LEAST_CLAIMED` rows for it."""
+MAX_CLAIMS_WITH_HIDDEN_CELLS = 30_000
+"""The same per level of rows with hidden cells."""
+LEAST_CLAIMED = {False: 50, True: 3}
+"""Rows per class, complete and with hidden cells, that get the score of every class if the class has them."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows and one score of each."""
+
+    rows: Encoded
+    scores: FloatArray
 
 
 @dataclass(frozen=True)
@@ -166,9 +181,9 @@ class FittedModel:
         return least
 
     def _parts_reference(self, encoded: Encoded, shape: PartsShape) -> Reference:
-        own = shape.distance(self.engine.elbo_parts(encoded), encoded.class_index)
-        scores = {False: own, True: self._least_parts_score(encoded, shape) if self.has_unknown_group else own}
-        return self._reference(np.zeros(1, dtype=np.int64), [encoded], [scores], None)
+        own = Scored(encoded, shape.distance(self.engine.elbo_parts(encoded), encoded.class_index))
+        least = Scored(encoded, self._least_parts_score(encoded, shape)) if self.has_unknown_group else own
+        return self._reference(np.zeros(1, dtype=np.int64), [{False: own, True: least}], None)
 
     def _negative_elbo(self, encoded: Encoded) -> FloatArray:
         scores = self.engine.negative_elbo(encoded)
@@ -210,28 +225,24 @@ class FittedModel:
         few = bool(self.encoder.schema.images)
         levels = missing_levels(encoded.values.shape[1], few=few) if with_levels else np.zeros(1, dtype=np.int64)
         hidden = [self._with_missing(encoded, int(level), rng) for level in levels]
-        raw = [self._raw_scores(rows) for rows in hidden]
+        raw = [self._raw_scores(rows, level > 0, rng) for level, rows in zip(levels, hidden, strict=True)]
         kinds = ["elbo", "contrast"] if self.has_contrast else ["elbo"]
         references = {
-            kind: self._reference(levels, hidden, [scores[kind] for scores in raw], offsets if kind == "elbo" else None)
+            kind: self._reference(levels, [scores[kind] for scores in raw], offsets if kind == "elbo" else None)
             for kind in kinds
         }
         if self.has_contrast:
             both = [
-                {
-                    marginal: self._larger(
-                        scores["elbo"][marginal],
-                        scores["contrast"][marginal],
-                        self._group_of(rows, marginal),
-                        rows.observed,
-                        references,
-                    )
-                    for marginal in (False, True)
-                }
-                for rows, scores in zip(hidden, raw, strict=True)
+                {marginal: self._both(scores, marginal, references) for marginal in (False, True)} for scores in raw
             ]
-            references["both"] = self._reference(levels, hidden, both, None)
+            references["both"] = self._reference(levels, both, None)
         return references
+
+    def _both(self, scores: dict[str, dict[bool, Scored]], marginal: bool, references: dict[str, Reference]) -> Scored:
+        """The larger of the two, of the rows that have the score of every class."""
+        rows, contrast = scores["contrast"][marginal].rows, scores["contrast"][marginal].scores
+        elbo = scores["claimed"][marginal].scores
+        return Scored(rows, self._larger(elbo, contrast, self._group_of(rows, marginal), rows.observed, references))
 
     def _group_of(self, rows: Encoded, marginal: bool) -> IntArray:
         return np.full(len(rows), self.n_classes, dtype=np.int64) if marginal else rows.class_index
@@ -246,41 +257,51 @@ class FittedModel:
         rows = encoded.take(np.concatenate(chosen))
         return rows.hide(hide_cells(rows.observed, n_missing, rng))
 
-    def _raw_scores(self, rows: Encoded) -> dict[str, dict[bool, FloatArray]]:
-        """Each kind's scores under the rows' own class (False) and as if the class were unknown (True)."""
+    def _raw_scores(self, rows: Encoded, hidden: bool, rng: np.random.Generator) -> dict[str, dict[bool, Scored]]:
+        """Each kind's scores under the rows' own class (False) and as if the class were unknown (True).
+
+        "claimed" is "elbo" of those rows alone that have the score of every class.
+        """
         if self.n_classes == 1:
-            own = self.engine.negative_elbo(rows)
+            own = Scored(rows, self.engine.negative_elbo(rows))
             return {"elbo": {False: own, True: own}}
-        by_class = self.engine.class_negative_elbo(rows)
+        some = self._claimed(rows, hidden, rng)
+        by_class = self.engine.class_negative_elbo(some)
         marginal = self._marginal(by_class)
-        own = self._own(by_class, rows.class_index)
+        own_nats = self._own(by_class, some.class_index)
+        claimed = {False: Scored(some, own_nats), True: Scored(some, marginal)}
+        everyone = claimed[False] if some is rows else Scored(rows, self.engine.negative_elbo(rows))
         return {
-            "elbo": {False: own, True: marginal},
-            "contrast": {False: own - marginal, True: np.zeros(len(rows))},
+            "elbo": {False: everyone, True: claimed[True]},
+            "claimed": claimed,
+            "contrast": {False: Scored(some, own_nats - marginal), True: Scored(some, np.zeros(len(some)))},
         }
 
-    def _reference(
-        self,
-        levels: IntArray,
-        rows: list[Encoded],
-        scores: list[dict[bool, FloatArray]],
-        offsets: FloatArray | None,
-    ) -> Reference:
-        blank = Reference(levels, ((),) * len(levels), offsets, self.n_classes)
-        sorted_scores = tuple(
-            tuple(self._sorted_by_group(blank, encoded, by_marginal))
-            for encoded, by_marginal in zip(rows, scores, strict=True)
-        )
-        return replace(blank, scores=sorted_scores)
+    def _claimed(self, rows: Encoded, hidden: bool, rng: np.random.Generator) -> Encoded:
+        """The rows that get the score of every class: all of them, or as many of each class as are affordable."""
+        at_most = MAX_CLAIMS_WITH_HIDDEN_CELLS if hidden else MAX_CLAIMS
+        if len(rows) * self.n_classes <= at_most:
+            return rows
+        per_class = max(LEAST_CLAIMED[hidden], at_most // self.n_classes**2)
+        shuffled = rng.permutation(len(rows))
+        # Place of each row among those of its class, in the shuffled order.
+        order = np.argsort(rows.class_index[shuffled], kind="stable")
+        counts = np.bincount(rows.class_index, minlength=self.n_classes)
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return rows.take(np.sort(shuffled[order[place < per_class]]))
 
-    def _sorted_by_group(
-        self, blank: Reference, rows: Encoded, by_marginal: dict[bool, FloatArray]
-    ) -> list[FloatArray]:
-        own = by_marginal[False] - blank.offset(rows.class_index, rows.observed)
+    def _reference(self, levels: IntArray, scores: list[dict[bool, Scored]], offsets: FloatArray | None) -> Reference:
+        blank = Reference(levels, ((),) * len(levels), offsets, self.n_classes)
+        return replace(blank, scores=tuple(tuple(self._sorted_by_group(blank, of_level)) for of_level in scores))
+
+    def _sorted_by_group(self, blank: Reference, by_marginal: dict[bool, Scored]) -> list[FloatArray]:
+        rows = by_marginal[False].rows
+        own = by_marginal[False].scores - blank.offset(rows.class_index, rows.observed)
         groups = [np.sort(own[rows.class_index == k]) for k in range(self.n_classes)]
         if self.has_unknown_group:
+            rows = by_marginal[True].rows
             unknown = np.full(len(rows), self.n_classes, dtype=np.int64)
-            groups.append(np.sort(by_marginal[True] - blank.offset(unknown, rows.observed)))
+            groups.append(np.sort(by_marginal[True].scores - blank.offset(unknown, rows.observed)))
         return groups
 
     def _mean_nats(self, columns: FloatArray, encoded: Encoded) -> FloatArray:

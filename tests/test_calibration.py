@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import betabinom
+from sklearn.base import clone
 
-from anomaly_cvae import CVAEDetector
+from anomaly_cvae import CVAEDetector, fitted
 from anomaly_cvae.calibration import (
     Calibration,
     Reference,
@@ -339,6 +340,28 @@ def test_the_false_alarm_rate_on_fresh_normals_is_the_one_asked_for(
     assert det.thresholds_.loc[kind, "guarantee"] == "class"
     low, high = believable_normals(len(table), n, RATE)
     assert low <= (det.predict(table) == 1).sum() <= high
+
+
+def test_of_many_classes_few_rows_get_the_score_of_every_class_and_all_that_of_their_own(
+    det: CVAEDetector, training: pd.DataFrame, fresh: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitted, "MAX_CLAIMS", 1_000)
+    monkeypatch.setattr(fitted, "MAX_CLAIMS_WITH_HIDDEN_CELLS", 200)
+    few = clone(det).fit(training)
+    counts = det.thresholds_["calibration_rows"]
+    assert (few.thresholds_["calibration_rows"] == counts)[list(TRAINING_ROWS)].all()
+    for name in TRAINING_ROWS:
+        assert few.thresholds_.loc[name, "threshold"] == det.thresholds_.loc[name, "threshold"]
+    by_contrast = few.set_params(score_kind="contrast").thresholds_["calibration_rows"]
+    # 1,000 pairs of a row and one of three classes: 111 rows of each class, of the small one all there are.
+    assert by_contrast[["big", "middle"]].tolist() == [111, 111]
+    assert by_contrast["small"] == counts["small"]
+    table = fresh[fresh["kind"].isin(LARGE)]
+    for kind, n in by_contrast[list(LARGE)].items():
+        own = table[table["kind"] == kind]
+        low, high = believable_normals(len(own), int(n), RATE)
+        assert low <= (few.predict(own) == 1).sum() <= high
+    few.set_params(score_kind="elbo")
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.5])
