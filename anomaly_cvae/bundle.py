@@ -241,8 +241,6 @@ def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
     if engine.scaling is not None:
         weights["class_center"] = torch.as_tensor(engine.scaling.center)
         weights["class_scale"] = torch.as_tensor(engine.scaling.scale)
-    if engine.drift is not None:
-        weights["drift"] = torch.as_tensor(engine.drift)
     if engine.aggregate is not None:
         weights |= {f"aggregate.{name}": value for name, value in engine.aggregate.state_dict().items()}
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
@@ -278,7 +276,6 @@ def _load_engine(
         members_per_class=description["members_per_class"],
         aggregate=aggregate,
         scaling=scaling,
-        drift=weights["drift"].numpy() if "drift" in weights else None,
         precision=precision,
     )
 

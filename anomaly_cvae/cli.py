@@ -450,8 +450,8 @@ def edit(
         bool, typer.Option("--keep-detail", help="Put back what the reconstruction lacks of each row.")
     ] = False,
     strength: Annotated[
-        float, typer.Option(help="Move the style along with the condition: 1 as far as the rows of training do.")
-    ] = 0.0,
+        float, typer.Option(help="How far the condition goes: 1 as asked, 2 exaggerated, 0.5 half-way.")
+    ] = 1.0,
     rows: FirstRows = None,
     columns: Columns = None,
     missing_condition: Missing = MissingCondition.refuse,

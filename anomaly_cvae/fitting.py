@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -17,7 +17,7 @@ from anomaly_cvae.calibration import HELD_OUT, rows_needed
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
-from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.frames import BoolArray, IntArray
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import (
     MAX_FITTED_ROWS,
@@ -42,7 +42,6 @@ PriorName = Literal["aggregate", "standard", "learned", "vamp"]
 VAMP_COMPONENTS = 64
 """Pseudo-inputs of a VampPrior, over all classes; at least `LEAST_VAMP_COMPONENTS` for each."""
 LEAST_VAMP_COMPONENTS = 8
-MAX_DRIFT_ROWS = 4_000
 LABELLED_SHARE = 0.1
 """Least share of a batch that has a class, where only some rows have one."""
 
@@ -131,7 +130,6 @@ def fit_model(
     model = FittedModel(encoder, engine, frequency)
     encoded = with_probable_class(model, encoded)
     fix_prior(engine, encoded.take(split.training), settings, int(seeds[3]))
-    model = replace(model, engine=replace(engine, drift=latent_drift(engine, encoded.take(split.training))))
     calibrated = calibrate(model, encoded, split, settings, np.random.default_rng(seeds[4]))
     return Fit(calibrated, training, split)
 
@@ -159,20 +157,6 @@ def fix_prior(engine: ScoringEngine, encoded: Encoded, settings: FitSettings, se
         engine.aggregate.log_variance.copy_(learned.log_variance)
     else:
         fit_aggregate(engine, encoded, seed)
-
-
-def latent_drift(engine: ScoringEngine, encoded: Encoded) -> FloatArray | None:
-    """How the posterior mean of z moves with each number of the condition, (C, Z), all others held: least squares.
-
-    What z should leave to the condition it often keeps all the same; these are the directions in which it does.
-    """
-    if engine.class_table is None:
-        return None
-    some = encoded.take(np.arange(min(len(encoded), MAX_DRIFT_ROWS)))
-    told = np.concatenate([np.ones((len(some), 1)), engine.conditions(some)], axis=1)
-    # One-hot classes add up to the constant: of all solutions, the shortest.
-    drift: FloatArray = np.linalg.lstsq(told, engine.posterior_mean(some), rcond=None)[0][1:]
-    return drift
 
 
 def calibrate(

@@ -105,21 +105,20 @@ def impute_draws(
 
 
 def change_condition(
-    model: FittedModel, encoded: Encoded, wanted: Encoded, *, keep_detail: bool, strength: float = 0.0
+    model: FittedModel, encoded: Encoded, wanted: Encoded, *, keep_detail: bool, strength: float = 1.0
 ) -> FloatArray:
     """The rows as they would be under the conditions of ``wanted``, z kept: encoded values (N, D).
 
     z is the posterior mean under the rows' own conditions. With ``keep_detail`` what the reconstruction
-    under the own condition lacks is put back, so that only what the condition changes does change. With
-    ``strength`` z moves along, so many times as far as it does on average over the training rows.
+    under the own condition lacks is put back, so that only what the condition changes does change. The
+    decoder is told a condition ``strength`` times as far from the own one as the wanted one is.
     """
     engine = model.engine
-    z = engine.posterior_mean(encoded)
-    moved = z
-    if strength:
-        assert engine.drift is not None
-        moved = z + strength * (engine.conditions(wanted) - engine.conditions(encoded)) @ engine.drift
-    changed = decode(model, moved, wanted)
+    z, told = engine.posterior_mean(encoded), None
+    if strength != 1.0:
+        own, other = engine.conditions(encoded), engine.conditions(wanted)
+        told = own + strength * (other - own)
+    changed = decode(model, z, wanted, told)
     if not keep_detail:
         return changed
     # Only numbers have details to add; a level is another one or the same.
@@ -127,12 +126,16 @@ def change_condition(
     return changed + np.where(numbers, encoded.values - decode(model, z, encoded), 0.0)
 
 
-def decode(model: FittedModel, z: FloatArray, under: Encoded) -> FloatArray:
-    """What the rows at latent points z (N, Z) are expected to be under the conditions of ``under``: (N, D)."""
+def decode(model: FittedModel, z: FloatArray, under: Encoded, told: FloatArray | None = None) -> FloatArray:
+    """What the rows at latent points z (N, Z) are expected to be under the conditions of ``under``: (N, D).
+
+    ``told`` (N, C) are condition vectors that the decoder is told instead.
+    """
     values = np.zeros((len(z), model.encoder.n_cells))
     for k in np.unique(under.class_index):
         own = np.flatnonzero(under.class_index == k)
-        values[own] = model.engine.decode(z[own], int(k), under.continuous[own])
+        told_own = None if told is None else told[own]
+        values[own] = model.engine.decode(z[own], int(k), under.continuous[own], told_own)
     return values
 
 

@@ -104,7 +104,7 @@ class Generative(TableReader):
         condition_to: Any = None,
         *,
         keep_detail: bool = False,
-        strength: float = 0.0,
+        strength: float = 1.0,
     ) -> Any:
         """The rows of X as they would be under another condition, their style z kept: like X.
 
@@ -112,9 +112,8 @@ class Generative(TableReader):
         so); ``condition_to`` is one condition for all rows, one per row, or a dict {condition: value} of
         those to change. ``keep_detail`` puts back what the reconstruction lacks of each row.
 
-        z often keeps something of the condition. ``strength`` moves it along: 1 as far as the posterior mean
-        does on average when the condition changes so and nothing else, more to exaggerate (as the attribute
-        vectors of Larsen et al. 2016 do), 0 not at all.
+        z often keeps something of the condition, which holds against the change. ``strength`` exaggerates: at
+        2 the decoder is told a condition twice as far from the row's own, at 0.5 one half-way.
 
         Raises
         ------
@@ -132,8 +131,6 @@ class Generative(TableReader):
             )
         if not np.isfinite(strength):
             raise ParameterError(f"strength must be a finite number, not {strength!r}")
-        if strength and self.model_.engine.drift is None:
-            raise ParameterError("this model was saved before edit knew strength=: fit it again, or leave it at 0")
         encoded, frame = self._with_class(self._encode(X, condition_from)), self._frame(X, condition_from)
         if condition_to is None:
             raise ConditionError(f"edit needs condition_to: values of {[str(c.name) for c in self.schema_.conditions]}")

@@ -89,8 +89,6 @@ class ScoringEngine:
     scaling : location and scale of the real columns per class; None without classes
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `HALF_TOLERANCE`
-    drift : (C, Z) how the posterior mean moves along with the condition, on average over the training rows; None
-        without a condition that the networks are told
     """
 
     model: CVAE
@@ -100,7 +98,6 @@ class ScoringEngine:
     members_per_class: int | None = None
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
-    drift: FloatArray | None = None
     precision: Precision = "float32"
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
@@ -291,8 +288,11 @@ class ScoringEngine:
         self._each(of_chunk, encoded, n_samples=n_draws)
         return values
 
-    def decode(self, z: FloatArray, k: int, continuous: FloatArray) -> FloatArray:
-        """What the first member of class ``k`` expects of cells at latent points (N, Z): encoded values (N, D)."""
+    def decode(self, z: FloatArray, k: int, continuous: FloatArray, told: FloatArray | None = None) -> FloatArray:
+        """What the first member of class ``k`` expects of cells at latent points (N, Z): encoded values (N, D).
+
+        ``told`` (N, C) are condition vectors to tell the decoder instead of the class's own.
+        """
         start = self.members_of(k).start
         members, blocks = slice(start, start + 1), []
         size = max(1, self._numbers_at_a_time() // self.model.widest)
@@ -301,7 +301,10 @@ class ScoringEngine:
                 own, also = z[first : first + size], continuous[first : first + size]
                 points = tensor(own, self.device, self.noise.dtype).reshape(1, 1, len(own), -1)
                 seen = self.blind(len(own), k, also, members)
-                parameters = self.model.decode(points, self.condition(k, also), members, seen)
+                condition = self.condition(k, also)
+                if told is not None:
+                    condition = tensor(told[first : first + size], self.device, self.noise.dtype).unsqueeze(0)
+                parameters = self.model.decode(points, condition, members, seen)
                 blocks.append(_numpy(self.model.expected_each(parameters)[0, 0]))
         return self.from_class_units(np.concatenate(blocks), k)
 

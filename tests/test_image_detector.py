@@ -290,19 +290,18 @@ def test_detail_is_kept_where_the_condition_changes_nothing(fitted: CVAEDetector
     assert (fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES) != NEW).any()
 
 
-def test_strength_moves_z_as_far_as_the_classes_lie_apart(fitted: CVAEDetector, tmp_path: Path) -> None:
-    engine = fitted.model_.engine
-    assert engine.drift is not None
-    assert engine.drift.shape == (2, fitted.transform(NEW, condition=NEW_CLASSES).shape[1])
-    z = fitted.transform(IMAGES, condition=CLASSES)
-    apart = z[CLASSES == 1].mean(axis=0) - z[CLASSES == 0].mean(axis=0)
-    np.testing.assert_allclose(engine.drift[1] - engine.drift[0], apart, atol=0.15)
-    plain, moved = (fitted.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES, strength=strength) for strength in (0.0, 2.0))
-    assert (plain != moved).any()
+def test_strength_is_how_far_the_condition_goes(fitted: CVAEDetector, tmp_path: Path) -> None:
+    def edited(strength: float, detector: CVAEDetector = fitted) -> np.ndarray:
+        return detector.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES, strength=strength).astype(float)
+
+    np.testing.assert_array_equal(edited(1.0), fitted.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES))
+    np.testing.assert_allclose(edited(0.0), fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES), atol=1)
+    far = [np.abs(edited(strength) - edited(0.0)).mean() for strength in (0.5, 1.0, 1.5)]
+    assert far[0] < far[1] < far[2]
     same = fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES, strength=2.0)
-    np.testing.assert_array_equal(same, fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES))
+    np.testing.assert_allclose(same.astype(float), fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES), atol=1)
     loaded = CVAEDetector.load(fitted.save(tmp_path / "model"), device="cpu")
-    np.testing.assert_array_equal(loaded.edit(NEW, NEW_CLASSES, 1 - NEW_CLASSES, strength=2.0), moved)
+    np.testing.assert_array_equal(edited(2.0, loaded), edited(2.0))
     with pytest.raises(ParameterError, match="strength must be a finite number, not nan"):
         fitted.edit(NEW, NEW_CLASSES, 1, strength=np.nan)
 

@@ -41,7 +41,7 @@ class Change:
 
     to: Mapping[str, Level]
     keep_detail: bool = False
-    strength: float = 0.0
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ FOOLING_WEIGHT = 0.005
 
 The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5,
 the KL dwindled: reconstructions were no longer of their images."""
-OBEDIENCE_WEIGHT = 0.005
+OBEDIENCE_WEIGHT = 0.05
 """Of being told as the condition that was asked for, per feature in which images are compared."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,

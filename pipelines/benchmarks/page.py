@@ -1,4 +1,4 @@
-"""The page of speed: sections that are measured, and replaced, one by one."""
+"""Pages of figures: sections that are measured, and replaced, one by one."""
 
 from __future__ import annotations
 
@@ -88,13 +88,15 @@ def installed(package: str) -> str | None:
         return None
 
 
-def write_section(path: Path, heading: str, lines: Sequence[str]) -> None:
-    """Replace one section of the page; the others stay as they were measured."""
+def write_section(
+    path: Path, heading: str, lines: Sequence[str], *, title: str = TITLE, order: Sequence[str] = ORDER
+) -> None:
+    """Replace one section of the page, of speed unless said otherwise; the others stay as they were measured."""
     sections = _sections(path)
     sections[heading] = "\n".join(lines).strip()
-    known = [name for name in ORDER if name in sections]
-    order = known + [name for name in sections if name not in known]
-    text = TITLE + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in order)
+    known = [name for name in order if name in sections]
+    every = known + [name for name in sections if name not in known]
+    text = title + "".join(f"\n## {name}\n\n{sections[name]}\n" for name in every)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

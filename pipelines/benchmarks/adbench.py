@@ -1,0 +1,203 @@
+"""One-class detection on tables: every method on the same splits of the same sets, and the page with the figures.
+
+    python pipelines/benchmarks/adbench.py FOLDER        # or: make bench-adbench DATA=FOLDER
+
+FOLDER holds npz files with ``X`` (N, D) and ``y`` (N,), 1 = anomaly, as of ADBench. Half of the normal rows, drawn by
+the seed, train; the other half and all anomalies are the test; no label is used but for the figures. Finished lines
+are kept in outputs/adbench/results.csv, so a killed run goes on where it stopped (delete the file to start anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import one_class_methods
+import pandas as pd
+import ranking
+
+from anomaly_cvae import metrics, tracking
+
+RESULTS = Path("outputs/adbench/results.csv")
+REPORT = Path("docs/benchmarks/quality.md")
+MOST_TEST_ROWS = 50_000
+DEFAULT_METHODS = ("CVAE fast", "CVAE balanced", "kNN", "LOF", "Isolation Forest", "OCSVM", "GMM", "KDE", "PCA")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One method on one split of one set."""
+
+    data: str
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it."""
+
+    data: str
+    method: str
+    seed: int
+    training_rows: int
+    test_rows: int
+    roc_auc: float
+    average_precision: float
+    seconds: float
+
+
+def split(X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training rows, test rows, and which of these are anomalies."""
+    rng = np.random.default_rng(seed)
+    normal = rng.permutation(np.flatnonzero(y == 0))
+    half = len(normal) // 2
+    test = np.concatenate([normal[half:], np.flatnonzero(y != 0)])
+    if len(test) > MOST_TEST_ROWS:
+        test = rng.choice(test, MOST_TEST_ROWS, replace=False)
+    return X[normal[:half]], X[test], y[test] != 0
+
+
+def run(task: Task, file: Path) -> Result:
+    """Learn, score, judge."""
+    with np.load(file) as loaded:
+        X, y = loaded["X"].astype(np.float64), loaded["y"].ravel()
+    train, test, is_anomaly = split(X, y, task.seed)
+    started = time.perf_counter()
+    scores = one_class_methods.METHODS[task.method](train, test, task.seed)
+    return Result(
+        **asdict(task), training_rows=len(train), test_rows=len(test),
+        roc_auc=metrics.roc_auc(is_anomaly, scores),
+        average_precision=metrics.average_precision(is_anomaly, scores),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def name_of(file: Path) -> str:
+    """ADBench numbers its files: 14_glass.npz is glass."""
+    return re.sub(r"^\d+_", "", file.stem)
+
+
+def one_thread() -> None:
+    """Workers share the cores by sets, not within one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def run_all(tasks: Sequence[Task], files: dict[str, Path], workers: int, results: Path) -> None:
+    """All tasks, several at a time, each written down when it is done; one that fails is named and left out."""
+    # Libraries that count threads read this when a worker starts.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread) as pool:
+        waiting = {pool.submit(run, task, files[task.data]): task for task in tasks}
+        for done, future in enumerate(as_completed(waiting), start=1):
+            task = waiting[future]
+            try:
+                result = future.result()
+            except Exception as fault:  # one method that fails on one set must not end a night's run
+                print(f"{task.data}, {task.method}, seed {task.seed}: {type(fault).__name__}: {fault}", flush=True)
+                continue
+            keep(result, results)
+            print(
+                f"[{done}/{len(tasks)}] {task.data}, {task.method}, seed {task.seed}: "
+                f"AUROC {result.roc_auc:.3f}, average precision {result.average_precision:.3f}, {result.seconds:.0f} s",
+                flush=True,
+            )
+
+
+def keep(result: Result, results: Path) -> None:
+    """Append one line."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not results.is_file()
+    with results.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(result))
+
+
+def load(results: Path) -> pd.DataFrame:
+    """Finished lines."""
+    if not results.is_file():
+        return pd.DataFrame(columns=[field.name for field in fields(Result)])
+    return pd.read_csv(results)
+
+
+def log(table: pd.DataFrame) -> None:
+    """A parent run in MLflow with the means, and a child for every set."""
+    import mlflow
+
+    tracking.use_store("adbench")
+    per_set = ranking.per_set(table)
+    with tracking.start_run("one-class benchmark", {"job": "benchmark"}):
+        for method, row in ranking.means(table).iterrows():
+            tracking.log_numbers(
+                {tracking.metric_name(str(key), str(method)): float(row[key]) for key in ranking.FIGURES}
+            )
+        tracking.log_tables({"results": table})
+        for data, rows in per_set.groupby("data"):
+            with mlflow.start_run(run_name=str(data), nested=True):
+                numbers = {
+                    tracking.metric_name(key, str(row["method"])): float(row[key])
+                    for _, row in rows.iterrows()
+                    for key in ranking.FIGURES
+                }
+                tracking.log_numbers(numbers)
+
+
+def main() -> None:
+    """Run what is missing, then write the section of the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), metavar="METHOD",
+                        help=f"of {', '.join(one_class_methods.METHODS)}")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="these sets")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="sets at a time")
+    parser.add_argument("--published", type=Path, help="CSV of published figures: dataset, method, auroc, auprc")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=REPORT)
+    parser.add_argument("--tracking", action="store_true", help="log the table to MLflow")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.methods if name not in one_class_methods.METHODS]
+    if unknown:
+        parser.error(f"no method {unknown[0]!r}; there are {', '.join(one_class_methods.METHODS)}")
+    files = {name_of(file): file for file in sorted(arguments.folder.glob("*.npz"))}
+    if not files:
+        parser.error(f"{arguments.folder} holds no npz file")
+    absent = [name for name in arguments.only or [] if name not in files]
+    if absent:
+        parser.error(f"{arguments.folder} holds no set {absent[0]!r}; there are {', '.join(files)}")
+    chosen = arguments.only or list(files)
+    # Large sets first: the last to finish should be a small one.
+    chosen.sort(key=lambda name: -files[name].stat().st_size)
+    done = load(arguments.results)
+    finished = set(zip(done["data"], done["method"], done["seed"], strict=True))
+    tasks = [Task(d, m, s) for s in arguments.seeds for m in arguments.methods for d in chosen]
+    missing = [task for task in tasks if (task.data, task.method, task.seed) not in finished]
+    print(f"{len(tasks)} lines, {len(tasks) - len(missing)} of them there already")
+    if missing:
+        run_all(missing, files, arguments.workers, arguments.results)
+    table = load(arguments.results)
+    if table.empty:
+        raise SystemExit("nothing was measured: every line failed, see above")
+    published = None if arguments.published is None else pd.read_csv(arguments.published)
+    ranking.write(arguments.output, table, published)
+    print(f"written: {arguments.output}")
+    if arguments.tracking:
+        log(table)
+
+
+if __name__ == "__main__":
+    main()
