@@ -50,7 +50,7 @@ def test_faces(source, tmp_path):
     assert 0.0 <= found["inferred attributes, mean AUROC"]["value"] <= 1.0
     assert found["sharpness, VAE/GAN over VAE"]["value"] > 0.0
     for model in ("VAE", "VAE/GAN"):
-        for how in ("z kept", "detail kept", "detail kept, z moved"):
+        for how in ("z kept", "detail kept", "detail kept, exaggerated"):
             assert 0.0 <= found[f"edit, {model}, {how}: as asked"]["value"] <= 100.0
             assert "smiling" in found[f"edit, {model}, {how}: the rest as before"]["note"]
     for name in PICTURES:
