@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-images gallery drill-kill clean
+.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-adbench bench-images gallery drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,9 @@ bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/b
 
 bench-tables: $(VENV)/.installed  ## Measure detection on conditional tables in DATA=FOLDER; writes docs/benchmarks/tables.md (about 40 minutes)
 	$(BIN)/python pipelines/benchmarks/tables.py $(DATA)
+
+bench-adbench: $(VENV)/.installed-bench  ## Measure one-class detection on the npz files (X, y) of DATA=FOLDER; writes docs/benchmarks/quality.md; OPTIONS="--methods kNN"
+	$(BIN)/python pipelines/benchmarks/adbench.py $(DATA) $(OPTIONS)
 
 PRESET ?= fast
 bench-images: $(VENV)/.installed  ## Run the studies on images in DATA=FOLDER, PRESET=fast (an hour) or best; writes docs/benchmarks/images.md
