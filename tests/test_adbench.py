@@ -49,7 +49,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     published.to_csv(place / "published.csv", index=False)
     ran = run(
         folder, *METHODS, "--seeds", 0, 1, "--results", "results.csv", "--output", "quality.md", "--workers", 1,
-         "--published", "published.csv", folder=place,
+        "--published", "published.csv", folder=place,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return place
@@ -81,7 +81,7 @@ def test_finished_lines_are_not_measured_again(folder: Path, finished: Path) -> 
     before = (finished / "results.csv").read_text()
     ran = run(
         folder, *METHODS, "--seeds", 0, 1, "--results", "results.csv", "--output", "quality.md", "--workers", 1,
-         folder=finished,
+        folder=finished,
     )  # fmt: skip
     assert ran.returncode == 0
     assert "12 lines, 12 of them there already" in ran.stdout
@@ -137,7 +137,7 @@ low = ranking.interval(np.r_[np.full(20, .01), -.5, -.4])
 print(low[1] < low[0] < low[2])
 """)
     assert said.splitlines() == [
-        "{'CVAE': 1.5, 'kNN': 1.5, 'PCA': 3.0} {'CVAE': 2, 'kNN': 2, 'PCA': 0} [2, 2, 2]",
+        "{'CVAE': 1.5, 'PCA': 3.0, 'kNN': 1.5} {'CVAE': 2, 'PCA': 0, 'kNN': 2} [2, 2, 2]",
         "[0.01, 0.01, 0.01]",
         "True",
     ]
