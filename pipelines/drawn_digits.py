@@ -171,6 +171,9 @@ def measure(study: Study, cvae: CVAEDetector, data: LabelledImages) -> None:
     claimed, is_wrong = wrong_claims(data.y_test, study.random_state)
     contrast = cvae.contrast(data.x_test, condition=claimed)
     study.figure("wrong labels, contrast, AUROC", metrics.roc_auc(is_wrong, contrast), "", goals.contrast)
+    claim = np.searchsorted(cvae.schema_.conditions[0].levels, claimed)
+    told = cvae.condition_proba(data.x_test, method="head").to_numpy()[np.arange(len(claim)), claim]
+    study.figure("wrong labels, inference head, AUROC", metrics.roc_auc(is_wrong, -told), "", goals.contrast)
     surprise = cvae.negative_elbo(data.x_test, condition=claimed)
     study.figure("wrong labels, negative ELBO, AUROC", metrics.roc_auc(is_wrong, surprise), "", "none set")
 
