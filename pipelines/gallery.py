@@ -78,6 +78,18 @@ EXHIBITS = (
         "The rest of a digit",
         "One, two or three quadrants seen, the rest drawn several times.",
     ),
+    Exhibit(
+        "one_class_images_fashion_mnist",
+        "class_6",
+        "One class against the rest",
+        "Shirts: those that look least like one, and what else looks most like one; red: the pixels that are off.",
+    ),
+    Exhibit(
+        "one_class_images_mnist",
+        "damages",
+        "Damaged digits",
+        "What the networks of one class each are to find beside other classes.",
+    ),
     Exhibit("ood_images", "parts", "Another kind of image", "The parts of the negative ELBO, clothes against digits."),
 )
 
