@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-FAST: dict[str, Any] = {"n_estimators": 1, "hidden_dims": (128, 128), "max_steps": 1000, "batch_size": 128}
-"""Seconds on a laptop: for a first look, and for the demo."""
+FAST: dict[str, Any] = {
+    "n_estimators": 1,
+    "hidden_dims": (128, 128),
+    "max_steps": 3000,
+    "batch_size": 128,
+    "input_noise": 0.05,
+}
+"""Seconds on a laptop: one small network. What its steps and its noise give is in docs/benchmarks/quality.md."""
 
 BALANCED: dict[str, Any] = {}
 """The defaults of `CVAEDetector`."""
