@@ -7,11 +7,11 @@ from typing import Any
 FAST: dict[str, Any] = {
     "n_estimators": 1,
     "hidden_dims": (128, 128),
-    "max_steps": 3000,
+    "max_steps": 1000,
     "batch_size": 128,
     "input_noise": 0.05,
 }
-"""Seconds on a laptop: one small network. What its steps and its noise give is in docs/benchmarks/quality.md."""
+"""Seconds on a laptop: one small network. What its noise and its steps give is in docs/benchmarks/quality.md."""
 
 BALANCED: dict[str, Any] = {}
 """The defaults of `CVAEDetector`."""
