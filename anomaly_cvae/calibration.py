@@ -145,7 +145,7 @@ class Reference:
         is standardised by n other rows of its own class: a scale from few rows is a rough one, and the
         pool must show that.
         """
-        n_rows = _round_down(len(self.scores[0][group]))
+        n_rows = _round_down(len(self.scores[level][group]))
         if (level, n_rows) not in self._pools:
             rng = np.random.default_rng(n_rows)
             typical = self._typical[level]
@@ -154,16 +154,18 @@ class Reference:
         return self._pools[level, n_rows]
 
     @cached_property
-    def _n_pooled(self) -> int:
-        return sum(min(len(own), MAX_POOLED_ROWS) for own in self.scores[0][: self.n_classes])
+    def _n_pooled(self) -> list[int]:
+        """Rows of the pool at every level."""
+        classes = range(self.n_classes)
+        return [sum(min(len(groups[k]), MAX_POOLED_ROWS) for k in classes) for groups in self.scores]
 
-    def guarantee(self, group: int, false_alarm_rate: float) -> Guarantee:
-        """Whose calibration rows hold the rate in this group."""
+    def guarantee(self, group: int, false_alarm_rate: float, level: int = 0) -> Guarantee:
+        """Whose calibration rows hold the rate in this group, for rows with the missing cells of ``level``."""
         needed = rows_needed(false_alarm_rate)
-        own = len(self.scores[0][group])
+        own = len(self.scores[level][group])
         if own >= needed:
             return "class"
-        return "pooled" if self._n_pooled >= needed and own >= LEAST_ROWS_TO_BORROW else "none"
+        return "pooled" if self._n_pooled[level] >= needed and own >= LEAST_ROWS_TO_BORROW else "none"
 
     def level_of(self, observed: BoolArray) -> IntArray:
         """The nearest level for each row of a mask (N, D)."""
@@ -201,7 +203,7 @@ class Reference:
         own, standard = scores - self.offset(groups, observed), self.calibrated(scores, groups, observed)
         p_values = np.ones(len(scores))
         for level, group, rows in _cells(self.level_of(observed), groups):
-            if self.guarantee(group, false_alarm_rate) == "class":
+            if self.guarantee(group, false_alarm_rate, level) == "class":
                 p_values[rows] = conformal_p_values(own[rows], self.scores[level][group])
             else:
                 p_values[rows] = conformal_p_values(standard[rows], self.pooled(level, group))
@@ -215,7 +217,7 @@ class Reference:
         return thresholds
 
     def _threshold(self, level: int, group: int, false_alarm_rate: float) -> float:
-        if self.guarantee(group, false_alarm_rate) == "class":
+        if self.guarantee(group, false_alarm_rate, level) == "class":
             return conformal_threshold(self.scores[level][group], false_alarm_rate)
         location, scale = self.scale[level][group]
         return location + scale * conformal_threshold(self.pooled(level, group), false_alarm_rate)

@@ -150,6 +150,14 @@ class ClassScaling:
         encoded: FloatArray = values * self.scale[classes] + self.center[classes]
         return encoded
 
+    def on_the_way(self, values: FloatArray, start: IntArray, end: IntArray, share: float) -> FloatArray:
+        """Encoded values (N, D) of rows of classes ``end``, in units ``share`` of the way there from ``start``."""
+        log_scale = np.log(self.scale)
+        center = self.center[start] + share * (self.center[end] - self.center[start])
+        scale = np.exp(log_scale[start] + share * (log_scale[end] - log_scale[start]))
+        moved: FloatArray = self.to_class_units(values, end) * scale + center
+        return moved
+
 
 @dataclass(frozen=True)
 class Encoder:

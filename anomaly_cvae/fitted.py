@@ -29,12 +29,14 @@ MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS = 1_000
 MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS = 200
 """The same of images, which cost more and have more cells to vary by."""
 MAX_CLAIMS = 500_000
-"""Calibration rows times classes, of which complete rows get the score of every class: a hundred classes are not to
-cost a hundred times one. Each row keeps its own class's score; no class has fewer than `LEAST_CLAIMED` rows for it."""
+"""Calibration rows times classes up to which all complete rows get the score of every class; of more, some do: a
+hundred classes are not to cost a hundred times one. Every row has its own class's score."""
 MAX_CLAIMS_WITH_HIDDEN_CELLS = 30_000
 """The same per level of rows with hidden cells."""
-LEAST_CLAIMED = {False: 50, True: 3}
+LEAST_CLAIMED = {False: 50, True: 8}
 """Rows per class, complete and with hidden cells, that get the score of every class if the class has them."""
+LEAST_FAIR = 200
+"""Rows that stand for those of unknown class."""
 
 
 @dataclass(frozen=True)
@@ -265,30 +267,37 @@ class FittedModel:
         if self.n_classes == 1:
             own = Scored(rows, self.engine.negative_elbo(rows))
             return {"elbo": {False: own, True: own}}
-        some = self._claimed(rows, hidden, rng)
+        some, fair = self._claimed(rows, hidden, rng)
         by_class = self.engine.class_negative_elbo(some)
         marginal = self._marginal(by_class)
         own_nats = self._own(by_class, some.class_index)
-        claimed = {False: Scored(some, own_nats), True: Scored(some, marginal)}
-        everyone = claimed[False] if some is rows else Scored(rows, self.engine.negative_elbo(rows))
+        everyone = Scored(rows, own_nats if some is rows else self.engine.negative_elbo(rows))
+        unknown = some if some is rows else some.take(fair)
+        of_unknown = Scored(unknown, marginal[fair])
         return {
-            "elbo": {False: everyone, True: claimed[True]},
-            "claimed": claimed,
-            "contrast": {False: Scored(some, own_nats - marginal), True: Scored(some, np.zeros(len(some)))},
+            "elbo": {False: everyone, True: of_unknown},
+            "claimed": {False: Scored(some, own_nats), True: of_unknown},
+            "contrast": {False: Scored(some, own_nats - marginal), True: Scored(unknown, np.zeros(len(fair)))},
         }
 
-    def _claimed(self, rows: Encoded, hidden: bool, rng: np.random.Generator) -> Encoded:
-        """The rows that get the score of every class: all of them, or as many of each class as are affordable."""
-        at_most = MAX_CLAIMS_WITH_HIDDEN_CELLS if hidden else MAX_CLAIMS
-        if len(rows) * self.n_classes <= at_most:
-            return rows
-        per_class = max(LEAST_CLAIMED[hidden], at_most // self.n_classes**2)
+    def _claimed(self, rows: Encoded, hidden: bool, rng: np.random.Generator) -> tuple[Encoded, IntArray]:
+        """The rows that get the score of every class, and which of them stand for rows of unknown class.
+
+        Those are drawn alike from all rows, so that classes are as frequent as they are; the others see to it that
+        every class has some.
+        """
+        at_most = (MAX_CLAIMS_WITH_HIDDEN_CELLS if hidden else MAX_CLAIMS) // self.n_classes
+        if len(rows) <= at_most:
+            return rows, np.arange(len(rows))
+        per_class = max(LEAST_CLAIMED[hidden], at_most // (2 * self.n_classes))
         shuffled = rng.permutation(len(rows))
         # Place of each row among those of its class, in the shuffled order.
         order = np.argsort(rows.class_index[shuffled], kind="stable")
         counts = np.bincount(rows.class_index, minlength=self.n_classes)
         place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return rows.take(np.sort(shuffled[order[place < per_class]]))
+        fair = shuffled[: max(at_most // 2, LEAST_FAIR)]
+        some = np.union1d(fair, shuffled[order[place < per_class]])
+        return rows.take(some), np.flatnonzero(np.isin(some, fair))
 
     def _reference(self, levels: IntArray, scores: list[dict[bool, Scored]], offsets: FloatArray | None) -> Reference:
         blank = Reference(levels, ((),) * len(levels), offsets, self.n_classes)

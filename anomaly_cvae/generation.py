@@ -119,6 +119,8 @@ def change_condition(
         own, other = engine.conditions(encoded), engine.conditions(wanted)
         told = own + strength * (other - own)
     changed = decode(model, z, wanted, told)
+    if told is not None and engine.scaling is not None:
+        changed = engine.scaling.on_the_way(changed, encoded.class_index, wanted.class_index, strength)
     if not keep_detail:
         return changed
     # Only numbers have details to add; a level is another one or the same.

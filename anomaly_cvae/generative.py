@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from anomaly_cvae.frames import IntArray
 from anomaly_cvae.images import fill_pixels
 from anomaly_cvae.inputs import check_count, fill, shortened
 from anomaly_cvae.reading import TableReader
+
+MAX_STRENGTH = 10
+"""A condition ten times as far as asked is no condition that training knew."""
 
 
 class Generative(TableReader):
@@ -129,8 +133,8 @@ class Generative(TableReader):
                 "edit keeps z and changes the condition: networks of one class each share no z; fit with "
                 "conditioning='shared'"
             )
-        if not np.isfinite(strength):
-            raise ParameterError(f"strength must be a finite number, not {strength!r}")
+        if not isinstance(strength, Real) or isinstance(strength, bool) or not abs(strength) <= MAX_STRENGTH:
+            raise ParameterError(f"strength must be a number from -{MAX_STRENGTH} to {MAX_STRENGTH}, not {strength!r}")
         encoded, frame = self._with_class(self._encode(X, condition_from)), self._frame(X, condition_from)
         if condition_to is None:
             raise ConditionError(f"edit needs condition_to: values of {[str(c.name) for c in self.schema_.conditions]}")

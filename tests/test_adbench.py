@@ -141,3 +141,27 @@ print(low[1] < low[0] < low[2])
         "[0.01, 0.01, 0.01]",
         "True",
     ]
+
+
+def test_only_methods_with_as_many_seeds_on_every_set_are_compared() -> None:
+    said = of_benchmarks("""
+import pandas as pd, ranking
+rows = [("a", "x", 0), ("b", "x", 0), ("a", "y", 0), ("a", "z", 0), ("a", "z", 1), ("b", "z", 0)]
+table = pd.DataFrame(rows, columns=["data", "method", "seed"])
+print(sorted(ranking.complete(table)["method"].unique()))
+""")
+    assert said == "['x']"
+
+
+def test_a_line_of_ours_with_other_parameters_is_measured_again(finished: Path) -> None:
+    lines = pd.read_csv(finished / "results.csv", keep_default_na=False)
+    assert (lines[lines["method"] == "kNN"]["parameters"] == "").all()
+    stale = lines.assign(parameters=lines["parameters"].where(lines["method"] != "CVAE fast", "00000000"))
+    stale.to_csv(finished / "stale.csv", index=False)
+    found = of_benchmarks(f"""
+from pathlib import Path
+from adbench import load
+folder = Path({str(finished)!r})
+print(sorted(load(folder / "stale.csv")["method"].unique()), len(load(folder / "results.csv")))
+""")
+    assert found == "['PCA', 'kNN'] 12"

@@ -302,8 +302,9 @@ def test_strength_is_how_far_the_condition_goes(fitted: CVAEDetector, tmp_path: 
     np.testing.assert_allclose(same.astype(float), fitted.edit(NEW, NEW_CLASSES, NEW_CLASSES), atol=1)
     loaded = CVAEDetector.load(fitted.save(tmp_path / "model"), device="cpu")
     np.testing.assert_array_equal(edited(2.0, loaded), edited(2.0))
-    with pytest.raises(ParameterError, match="strength must be a finite number, not nan"):
-        fitted.edit(NEW, NEW_CLASSES, 1, strength=np.nan)
+    for bad in (np.nan, np.inf, 1e30, "2", None, True, [1.0], 1 + 1j):
+        with pytest.raises(ParameterError, match="strength must be a number from -10 to 10, not "):
+            fitted.edit(NEW, NEW_CLASSES, 1, strength=bad)
 
 
 def test_an_edited_table_carries_its_new_condition(mixed: CVAEDetector) -> None:
@@ -315,6 +316,22 @@ def test_an_edited_table_carries_its_new_condition(mixed: CVAEDetector) -> None:
     assert stands(np.stack(edited["picture"])).mean() > 0.8
     assert (edited["weight"] > 2.5).all()
     assert (new["type"] != "post").any()  # the rows passed are left as they are
+
+
+def test_strength_moves_the_units_of_a_class_along() -> None:
+    rng = np.random.default_rng(0)
+    kind = np.repeat(["cold", "hot"], 200)
+    table = pd.DataFrame({"t": np.where(kind == "hot", rng.normal(80, 8, 400), rng.normal(4, 1, 400)), "kind": kind})
+    settings = {"n_estimators": 1, "hidden_dims": (16,), "max_steps": 100, "random_state": 0, "device": "cpu"}
+    detector = CVAEDetector("kind", **settings).fit(table)
+    cold = table[table["kind"] == "cold"].head(20)
+
+    def edited(strength: float, to: str = "hot", **more: bool) -> np.ndarray:
+        return detector.edit(cold, condition_to=to, strength=strength, **more)["t"].to_numpy()
+
+    np.testing.assert_allclose(edited(0.0), edited(1.0, "cold"), rtol=1e-5)
+    np.testing.assert_allclose(edited(0.0, keep_detail=True), cold["t"], rtol=1e-5)
+    assert edited(0.0).mean() < 6 < edited(0.5).mean() < 60 < edited(1.0).mean() < 100 < edited(2.0).mean()
 
 
 def test_one_attribute_changes_and_the_other_stays(attributes: CVAEDetector) -> None:

@@ -23,7 +23,7 @@ FOOLING_WEIGHT = 0.005
 The distance grows with the number of features, so this does, too. At ten times it, with a discriminator of rate 0.5,
 the KL dwindled: reconstructions were no longer of their images."""
 OBEDIENCE_WEIGHT = 0.05
-"""Of being told as the condition that was asked for, per feature in which images are compared."""
+"""Of being recognised as of the condition that was asked for, per feature in which images are compared."""
 SCALE_WEIGHT = 1e-3
 """Of the likelihood that teaches the widths of pixels. Adam takes the output layer, which alone should learn from it,
 equally far at any weight; the layers below, which it shares with the means, hardly notice it at this one."""
@@ -37,7 +37,7 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images as rows of pixels (M, R, D), each block of N rows made under conditions (M or 1, R, C)."""
+    """Images as rows of pixels (M, R, D), and the conditions (M, R, C) that they were made under."""
 
     values: Tensor
     condition: Tensor | None
@@ -72,7 +72,7 @@ class Adversarial(Objective):
 
     A model with an inference head also draws every z under another condition than its own, and the decoder
     lowers -log q(c | x) of that condition there: else z, which knows the face, would outvote an attribute
-    that is changed (He et al. 2019, who have no z to infer). The head learns from real images alone.
+    that is changed (after He et al. 2019). The head learns from real images alone.
     """
 
     keeps_best = False

@@ -4,13 +4,15 @@
 
 FOLDER holds npz files with ``X`` (N, D) and ``y`` (N,), 1 = anomaly, as of ADBench. Half of the normal rows, drawn by
 the seed, train; the other half and all anomalies are the test; no label is used but for the figures. Finished lines
-are kept in outputs/adbench/results.csv, so a killed run goes on where it stopped (delete the file to start anew).
+are kept in outputs/adbench/results.csv, so a killed run goes on where it stopped; a line of ours is measured again when
+its parameters have changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import multiprocessing
 import os
 import re
@@ -51,6 +53,7 @@ class Result:
     data: str
     method: str
     seed: int
+    parameters: str
     training_rows: int
     test_rows: int
     roc_auc: float
@@ -77,11 +80,17 @@ def run(task: Task, file: Path) -> Result:
     started = time.perf_counter()
     scores = one_class_methods.METHODS[task.method](train, test, task.seed)
     return Result(
-        **asdict(task), training_rows=len(train), test_rows=len(test),
+        **asdict(task), parameters=digest(task.method), training_rows=len(train), test_rows=len(test),
         roc_auc=metrics.roc_auc(is_anomaly, scores),
         average_precision=metrics.average_precision(is_anomaly, scores),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def digest(method: str) -> str:
+    """Of the parameters of one of ours; empty for a peer."""
+    own = one_class_methods.OURS.get(method)
+    return "" if own is None else hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:8]
 
 
 def name_of(file: Path) -> str:
@@ -133,7 +142,8 @@ def load(results: Path) -> pd.DataFrame:
     """Finished lines."""
     if not results.is_file():
         return pd.DataFrame(columns=[field.name for field in fields(Result)])
-    return pd.read_csv(results)
+    table = pd.read_csv(results, keep_default_na=False)
+    return table[table["parameters"] == table["method"].map(digest)]
 
 
 def log(table: pd.DataFrame) -> None:
@@ -171,12 +181,15 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="CSV of published figures: dataset, method, auroc, auprc")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=REPORT)
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of what is there")
     parser.add_argument("--tracking", action="store_true", help="log the table to MLflow")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.methods if name not in one_class_methods.METHODS]
     if unknown:
         parser.error(f"no method {unknown[0]!r}; there are {', '.join(one_class_methods.METHODS)}")
     files = {name_of(file): file for file in sorted(arguments.folder.glob("*.npz"))}
+    if len(files) < len(list(arguments.folder.glob("*.npz"))):
+        parser.error(f"{arguments.folder} has two files of one set: names without their number must differ")
     if not files:
         parser.error(f"{arguments.folder} holds no npz file")
     absent = [name for name in arguments.only or [] if name not in files]
@@ -190,11 +203,13 @@ def main() -> None:
     tasks = [Task(d, m, s) for s in arguments.seeds for m in arguments.methods for d in chosen]
     missing = [task for task in tasks if (task.data, task.method, task.seed) not in finished]
     print(f"{len(tasks)} lines, {len(tasks) - len(missing)} of them there already")
-    if missing:
+    if missing and not arguments.page_only:
         run_all(missing, files, arguments.workers, arguments.results)
     table = load(arguments.results)
-    if table.empty:
-        raise SystemExit("nothing was measured: every line failed, see above")
+    asked = [table[column].isin(wanted) for column, wanted in (("data", chosen), ("method", arguments.methods))]
+    table = table[asked[0] & asked[1] & table["seed"].isin(arguments.seeds)]
+    if ranking.complete(table).empty:
+        raise SystemExit("no method has been measured on every set with as many seeds: there is nothing to compare")
     published = None if arguments.published is None else pd.read_csv(arguments.published)
     ranking.write(arguments.output, table, published)
     print(f"written: {arguments.output}")
