@@ -67,12 +67,12 @@ def write(path: Path, table: pd.DataFrame, published: pd.DataFrame | None) -> No
         page.measured_on("make bench-adbench"),
         "",
         f"{table['data'].nunique()} data sets. Half of the normal rows, drawn by the seed, train; the other half and "
-        "all anomalies are the test (at most 50,000 rows, drawn by the seed). Peers have their defaults on standardised "
-        "columns; kNN, LOF, KDE and those of PyOD learn from at most 20,000 rows, OCSVM from 5,000. Each line of ours is "
-        "one configuration for all sets. Noise and steps of the fast one were compared by the labels of seeds 100 and "
-        "101 of fifteen of ADBench's sets (not campaign, celeba, cover, donors, http, magic.gamma, skin); no preset was "
-        "changed for it, since less noise is worse on NSL-KDD and, told the condition, on AI4I. Seconds: fit and scoring "
-        "of all sets one after the other, one thread, one seed.",
+        "all anomalies are the test (at most 50,000 rows, drawn by the seed). Peers have their defaults on "
+        "standardised columns; kNN, LOF, KDE and those of PyOD learn from at most 20,000 rows, OCSVM from 5,000. "
+        "Each line of ours is one configuration for all sets. Noise and steps of the fast one were compared by the "
+        "labels of seeds 100 and 101 of fifteen of ADBench's sets (not campaign, celeba, cover, donors, http, "
+        "magic.gamma, skin); no preset was changed for it, since less noise is worse on NSL-KDD and, told the "
+        "condition, on AI4I. Seconds: fit and scoring of all sets one after the other, one thread, one seed.",
         "",
         *summary(table),
         *paired(table),
