@@ -143,8 +143,8 @@ NOTES = """## Read with care
 - **Few labels**: settings were chosen on splits 100 to 104 (neighbours, model of the latent space) and 100 (share of
   spread labels taken as given), by errors on training and test images; the width of pixels is that of the digits
   study. An earlier M1+M2, without spreading, had been seen on split 0 (11.5 %).
-- **Faces**: how far an edit exaggerates was chosen from 1 to 4, and the weight of being recognised as asked from .005, .05
-  and .3, by the referee on 200 held-out faces that are not those judged here.
+- **Faces**: how far an edit exaggerates was chosen from 1 to 4, and the weight of being recognised as asked from .005,
+  .05 and .3, by the referee on 200 held-out faces that are not those judged here.
 - **Digits**: the width of a pixel and the number of latent units were chosen by class error and contrast on 2,500
   training images; a first model with narrow pixels had been judged on test images (9 % class error).
 - **Seconds** were taken beside other work on the same two cores: read them as upper bounds.
