@@ -27,14 +27,14 @@ def sample(
 
     z comes from the prior that scoring uses (the aggregate posterior of the class where there is one), a
     random member decodes it, and every cell is drawn from its likelihood, or is what that expects without
-    ``noise``. With ``same_z`` the i-th row of every class has the same z, drawn from N(0, I): what is alike
-    in a column of such rows is style, what differs is the class.
+    ``noise``. With ``same_z`` the i-th row of every class has the same z, see `_styles`: what is alike in a
+    column of such rows is style, what differs is the class.
     """
     engine = model.engine
     values = np.zeros((len(class_index), model.encoder.n_cells))
     if not len(class_index):
         return values
-    style = _normal(engine, 1, int(np.bincount(class_index).max()), generator) if same_z else None
+    style = _styles(model, int(np.bincount(class_index).max()), generator) if same_z else None
     with torch.inference_mode():
         for k in np.unique(class_index):
             places = np.flatnonzero(class_index == k)
@@ -75,6 +75,23 @@ def _sample_class(
 def _normal(engine: ScoringEngine, members: int, n: int, generator: torch.Generator) -> torch.Tensor:
     shape = (members, n, engine.noise.shape[1])
     return torch.empty(shape, dtype=engine.noise.dtype, device=engine.device).normal_(generator=generator)
+
+
+def _styles(model: FittedModel, n: int, generator: torch.Generator) -> torch.Tensor:
+    """z for every class alike, (1, n, Z): as training rows of all classes have it; N(0, I) where that is not known.
+
+    Networks of one class each share no latent space: there z is N(0, I) as well.
+    """
+    engine = model.engine
+    styles = _normal(engine, 1, n, generator)
+    if engine.aggregate is None or engine.members_per_class is not None:
+        return styles
+    frequency = torch.as_tensor(model.class_frequency, device=engine.device)
+    classes = torch.multinomial(frequency, n, replacement=True, generator=generator)
+    for k in torch.unique(classes).tolist():
+        places = torch.nonzero(classes == k).squeeze(1)
+        styles[:, places] = engine.aggregate.select(slice(0, 1), k).sample(len(places), generator)
+    return styles
 
 
 def _sample_prior(

@@ -34,7 +34,8 @@ class Generative(TableReader):
 
         ``condition`` is one class for all rows, or one per row; None draws classes as often as they
         occurred in training. Without ``noise`` cells are what p(x | z, c) expects, not draws of it: images
-        without grain. ``same_z`` gives the i-th row of every class the same z from N(0, I): the same style.
+        without grain. ``same_z`` gives the i-th row of every class the same z, one that training rows have: the same
+        style.
         """
         check_is_fitted(self)
         check_count(n, "n", least=0)

@@ -33,7 +33,7 @@ EXHIBITS = (
         "digits-mnist",
         "styles",
         "The same hand writes every digit",
-        "Every column has one z, drawn from N(0, I): slant and stroke stay, the class changes.",
+        "Every column has one z, drawn as training images have it: slant and stroke stay, the class changes.",
     ),
     Exhibit("digits-mnist", "written_2026", "A number, typed, written by hand", "`--write 2026`: five hands."),
     Exhibit(

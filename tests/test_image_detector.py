@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from anomaly_cvae import CVAEDetector, presets
+from anomaly_cvae import CVAEDetector, generation, presets
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.images import as_cells
 
@@ -555,6 +557,18 @@ def test_samples_without_noise_have_no_grain(fitted: CVAEDetector) -> None:
         for noise in (True, False)
     ]
     assert grain[1] < 0.7 * grain[0]
+
+
+def test_styles_are_those_of_training_rows_and_normal_where_nothing_is_known_of_them(fitted: CVAEDetector) -> None:
+    model, n = fitted.model_, 4_000
+    generator = torch.Generator().manual_seed(0)
+    drawn = generation._styles(model, n, generator)[0].numpy()
+    z = fitted.transform(IMAGES, condition=CLASSES)
+    np.testing.assert_allclose(drawn.mean(axis=0), z.mean(axis=0), atol=0.3)
+    plain = replace(model, engine=replace(model.engine, aggregate=None))
+    normal = generation._styles(plain, n, generator)[0].numpy()
+    np.testing.assert_allclose(normal.mean(axis=0), 0.0, atol=0.1)
+    np.testing.assert_allclose(normal.std(axis=0), 1.0, atol=0.1)
 
 
 def test_the_same_z_is_the_same_style_in_every_class(fitted: CVAEDetector) -> None:
