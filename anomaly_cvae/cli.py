@@ -92,6 +92,14 @@ class OnError(StrEnum):
     fail = "fail"
 
 
+class Backend(StrEnum):
+    """What computes scores."""
+
+    auto = "auto"
+    torch = "torch"
+    onnx = "onnx"
+
+
 Data = Annotated[list[str], typer.Argument(help="Tables or pictures: files, folders or patterns.", show_default=False)]
 DataOrUrls = Annotated[
     list[str],
@@ -275,6 +283,9 @@ def score(
     mixed_precision: Annotated[
         bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree within 0.5 %.")
     ] = False,
+    backend: Annotated[
+        Backend, typer.Option(help="What computes scores on a CPU; auto: ONNX Runtime for 20 million rows and more.")
+    ] = Backend.auto,
     on_error: Annotated[OnError, typer.Option(help="What a file that cannot be used means.")] = OnError.skip,
     unseen_class: Annotated[
         UnseenClass, typer.Option(help="Rows of a class not seen in training.")
@@ -307,6 +318,7 @@ def score(
             csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
             where=where,
             max_rows=max_rows,
+            backend=backend.value,
         )
         with report.progress() as on_progress:
             scored = jobs.score_tables(

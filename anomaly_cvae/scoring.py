@@ -19,6 +19,7 @@ from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.model import CVAE, Seen, Terms
 from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import accumulator, elbo
+from anomaly_cvae.onnx_scoring import ClassInputs, OnnxBank, in_threads
 from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Prior
 from anomaly_cvae.rows import Batch, tensor
 
@@ -89,6 +90,7 @@ class ScoringEngine:
     scaling : location and scale of the real columns per class; None without classes
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `HALF_TOLERANCE`
+    graphs : what scores complete rows in the place of torch; None: torch does
     """
 
     model: CVAE
@@ -101,6 +103,7 @@ class ScoringEngine:
     precision: Precision = "float32"
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
+    graphs: OnnxBank | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +122,8 @@ class ScoringEngine:
 
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
+        if self.graphs is not None and encoded.given is None and bool(encoded.observed.all()):
+            return self._by_graphs(self.graphs, encoded)
         scores = np.zeros(len(encoded))
 
         def of_chunk(chunk: Chunk) -> None:
@@ -126,6 +131,54 @@ class ScoringEngine:
 
         self._each(of_chunk, encoded, padded=True)
         return np.where(encoded.scored.any(axis=1), scores, 0.0)
+
+    @property
+    def n_graphs(self) -> int:
+        """Groups of members that score rows together: as many graphs as `with_graphs` makes, seconds each."""
+        return 1 if self.members_per_class is None else self.n_classes
+
+    def with_graphs(self) -> ScoringEngine:
+        """The same engine with the negative ELBO of complete rows by ONNX Runtime.
+
+        Raises
+        ------
+        ParameterError
+            If that is not installed, or not for this model.
+        """
+        if self.precision != "float32":
+            raise ParameterError("backend='onnx' computes in float32: leave out mixed_precision, or the backend")
+        if self.class_table is not None and self.class_table.shape[1] < self.model.architecture.n_conditions:
+            raise ParameterError("backend='onnx' cannot be used: rows with continuous conditions are scored by torch")
+        graphs = OnnxBank.of(self.model, self.noise)
+        for k in range(self.n_graphs):
+            graphs.scorer(self.members_of(k), self._class_inputs(k))
+        return replace(self, graphs=graphs)
+
+    def _by_graphs(self, graphs: OnnxBank, encoded: Encoded) -> FloatArray:
+        """`negative_elbo` of complete rows; 0 for those of no known class, as there."""
+        scores, chunked = np.zeros(len(encoded)), replace(self, chunk_rows=graphs.chunk_rows)
+        known = np.flatnonzero((encoded.class_index >= 0) & (encoded.class_index < self.n_classes))
+        scorers = {
+            k: graphs.scorer(self.members_of(k), self._class_inputs(k))
+            for k in np.unique(encoded.class_index[known]).tolist()
+        }
+
+        def of_piece(piece: Piece) -> None:
+            scores[piece.places] = scorers[piece.k](encoded.values.take(piece.places, axis=0))
+
+        in_threads(of_piece, chunked._pieces(encoded))
+        return scores
+
+    def _class_inputs(self, k: int) -> ClassInputs:
+        """What the graphs are told of class ``k``."""
+        n_cells = self.model.n_cells
+        center, scale = np.zeros(n_cells), np.ones(n_cells)
+        if self.scaling is not None:
+            center, scale = self.scaling.center[k], self.scaling.scale[k]
+        prior = None
+        if self.aggregate is not None:
+            prior = self.aggregate.select(self.members_of(k), 0 if self.members_per_class is not None else k)
+        return ClassInputs(center, scale, self.condition(k, np.zeros((1, 0))), prior)
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Negative ELBO of every row under every class, (N, K)."""

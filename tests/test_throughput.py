@@ -38,7 +38,8 @@ def cells(page: str, begins: str) -> list[str]:
 @pytest.mark.parametrize(
     "line",
     ["float32 MKL", "bfloat16", "copying memory", "reading 64 float32 columns", "eager torch, 1024-row chunks",
-     "DataLoader(TensorDataset)", "engine, float32", "engine, bfloat16", "detector, score_samples",
+     "DataLoader(TensorDataset)", "engine, float32", "engine, float32 by ONNX Runtime",
+     "engine, bfloat16", "detector, score_samples",
      "Parquet to Parquet |", "alone: read", "alone: score", "alone: write"],
 )  # fmt: skip
 def test_page_has_limits_and_every_way(page, line):

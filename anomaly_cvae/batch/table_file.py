@@ -160,6 +160,21 @@ class TableFile:
             raise DataError(f"{self.path}: column names appear more than once: {copies}; rename or drop the copies")
         return names
 
+    @property
+    def n_rows(self) -> int | None:
+        """Rows of a Parquet file; None of others, which would have to be read.
+
+        Raises
+        ------
+        DataError
+            If the file cannot be read.
+        """
+        if self.kind != "parquet":
+            return None
+        with self._faults_named(), self._parquet() as file:
+            rows: int = file.metadata.num_rows
+        return rows
+
     def _schema(self) -> Any:
         """Of the Arrow table that Parquet and Arrow files hold."""
         if self.kind == "parquet":

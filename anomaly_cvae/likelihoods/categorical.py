@@ -56,7 +56,7 @@ class Categorical(Likelihood):
         """log softmax at the code + log(1 - e), or log e for an unknown level."""
         logits = self._log_probabilities(parameters)
         code = torch.minimum(values, self.n_levels - 1).long().unsqueeze(-1)
-        known = torch.take_along_dim(logits, code.expand(*logits.shape[:-1], 1), dim=-1).squeeze(-1)
+        known = logits.gather(-1, code.expand(*logits.shape[:-1], 1)).squeeze(-1)
         known = known + torch.log1p(-torch.exp(self.log_unknown))
         return torch.where(values < self.n_levels, known, self.log_unknown)
 
