@@ -245,19 +245,35 @@ class Encoder:
         values, observed = np.empty((len(frame), self.n_cells)), np.ones((len(frame), self.n_cells), dtype=np.bool_)
         # Column by column, but few rows at a time: a column of a large row-major array touches all of its memory.
         by_column = np.empty((self.n_cells, min(len(frame), ROWS_AT_A_TIME)))
-        encoded = [
-            _encode_column(self.schema.columns[place], fitted, frame[self.schema.columns[place].name])
-            for place, fitted in zip(self.order, self.columns, strict=True)
-        ]
+        plain = [self._plain_cells(place, frame) for place in range(len(self.columns))]
+        encoded = {place: self._encode(place, frame) for place, cells in enumerate(plain) if cells is None}
         for first in range(0, len(frame), ROWS_AT_A_TIME):
             rows = slice(first, min(first + ROWS_AT_A_TIME, len(frame)))
-            for cells, (found, _) in zip(by_column, encoded, strict=True):
-                cells[: rows.stop - first] = found[rows]
+            for place, raw in enumerate(plain):
+                cells = by_column[place, : rows.stop - first]
+                if raw is not None and not _standardise(raw[rows], self.columns[place], cells):
+                    # Missing, infinite or far out: found by the careful way, which also says where.
+                    plain[place], encoded[place] = None, self._encode(place, frame)
+                if place in encoded:
+                    cells[:] = encoded[place][0][rows]
             values[rows] = by_column[:, : rows.stop - first].T
-        for place, (_, there) in enumerate(encoded):
+        for place, (_, there) in encoded.items():
             if not there.all():
                 observed[:, place] = there
         return values, observed
+
+    def _encode(self, place: int, frame: pd.DataFrame) -> tuple[FloatArray, BoolArray]:
+        column = self.schema.columns[self.order[place]]
+        return _encode_column(column, self.columns[place], frame[column.name])
+
+    def _plain_cells(self, place: int, frame: pd.DataFrame) -> np.ndarray | None:
+        """The cells of a real column as they lie in the frame, if they are plain numbers; None: they need care."""
+        column, fitted = self.schema.columns[self.order[place]], self.columns[place]
+        cells = frame[column.name]
+        is_plain = isinstance(cells.dtype, np.dtype) and cells.dtype.kind in "fiu"
+        if column.kind != "real" or not fitted.observed or not is_plain:
+            return None
+        return cells.to_numpy()
 
     def encode_conditions(self, frame: pd.DataFrame) -> tuple[IntArray, FloatArray]:
         """Class of each row (N,), -1 missing and K unknown, and standardised continuous conditions (N, Q)."""
@@ -396,6 +412,15 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     with np.errstate(over="ignore"):
         standard = (values - fitted.center) / fitted.scale
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
+
+
+def _standardise(raw: np.ndarray, fitted: FittedColumn, out: FloatArray) -> bool:
+    """Standardised cells into ``out``, as `_encode_column` has them; False if some are missing or far out."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(raw, fitted.center, out=out, dtype=np.float64)
+        np.divide(out, fitted.scale, out=out)
+        # Not so with NaN, either.
+        return bool(-LARGEST_VALUE <= out.min() and out.max() <= LARGEST_VALUE)
 
 
 def _encode_images(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[Any, BoolArray]:

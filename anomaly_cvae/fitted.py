@@ -28,15 +28,15 @@ MAX_CALIBRATION_ROWS_WITH_HIDDEN_CELLS = 1_000
 """Per class and level; the level of complete rows uses every calibration row."""
 MAX_CALIBRATION_IMAGES_WITH_HIDDEN_PIXELS = 200
 """The same of images, which cost more and have more cells to vary by."""
-MAX_CLAIMS = 500_000
+MAX_CLAIMS = 100_000
 """Calibration rows times classes up to which all complete rows get the score of every class; of more, some do: a
 hundred classes are not to cost a hundred times one. Every row has its own class's score."""
-MAX_CLAIMS_WITH_HIDDEN_CELLS = 30_000
+MAX_CLAIMS_WITH_HIDDEN_CELLS = 10_000
 """The same per level of rows with hidden cells."""
-LEAST_CLAIMED = {False: 50, True: 8}
+LEAST_CLAIMED = {False: 10, True: 2}
 """Rows per class, complete and with hidden cells, that get the score of every class if the class has them."""
-LEAST_FAIR = 200
-"""Rows that stand for those of unknown class."""
+LEAST_FAIR = {False: 200, True: 100}
+"""Rows, complete and with hidden cells, that stand for those of unknown class."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ class FittedModel:
         order = np.argsort(rows.class_index[shuffled], kind="stable")
         counts = np.bincount(rows.class_index, minlength=self.n_classes)
         place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        fair = shuffled[: max(at_most // 2, LEAST_FAIR)]
+        fair = shuffled[: max(at_most // 2, LEAST_FAIR[hidden])]
         some = np.union1d(fair, shuffled[order[place < per_class]])
         return rows.take(some), np.flatnonzero(np.isin(some, fair))
 

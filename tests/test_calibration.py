@@ -348,7 +348,7 @@ def few(det: CVAEDetector, training: pd.DataFrame) -> CVAEDetector:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fitted, "MAX_CLAIMS", 1_000)
         patch.setattr(fitted, "MAX_CLAIMS_WITH_HIDDEN_CELLS", 200)
-        patch.setattr(fitted, "LEAST_FAIR", 50)
+        patch.setattr(fitted, "LEAST_FAIR", {False: 50, True: 50})
         return clone(det).fit(training)
 
 

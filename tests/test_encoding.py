@@ -339,3 +339,22 @@ def test_no_rows_encode_to_no_rows() -> None:
     assert len(encoded) == 0
     assert encoded.values.shape == (0, 2)
     assert encoded.continuous.shape == (0, 1)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64"])
+@pytest.mark.parametrize("where", [0, 2_500, 4_999])
+def test_one_cell_that_is_missing_or_far_out_changes_no_other(kind: str, where: int) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(50.0, 9.0, 5_000).astype(kind), "b": rng.normal(size=5_000)})
+    schema = Schema(columns=(infer_column(frame["a"], "a"), infer_column(frame["b"], "b")))
+    encoder = Encoder.fit(schema, frame, {"a": "normal", "b": "normal"})
+    whole = encoder.encode(frame)
+    for cell, there in ((np.nan, False), (1e30, True)):
+        changed = frame.assign(a=frame["a"].astype("float64"))
+        changed.loc[where, "a"] = cell
+        found = encoder.encode(changed)
+        others = np.arange(5_000) != where
+        np.testing.assert_array_equal(found.values[others], whole.values[others])
+        assert found.observed[others].all()
+        assert found.observed[where].tolist() == [there, True]
+        assert found.values[where, 0] == (LARGEST_VALUE if there else 0.0)

@@ -16,7 +16,7 @@ COLUMNS, FEW_COLUMNS = (8, 16, 32, 64, 128, 256, 512, 1024), (8, 64)
 CLASSES, FEW_CLASSES = (1, 3, 10, 30, 100), (1, 10)
 MEMBERS, FEW_MEMBERS = (1, 2, 4, 8, 16, 32), (1, 2)
 BATCH = 256
-EPOCHS = 10
+EPOCHS = 20
 MEMBER_STEPS = 20
 """Training steps of the fits with many members: the time of one step is what is asked for."""
 
