@@ -11,6 +11,7 @@ import pandas as pd
 FIGURES = ("roc_auc", "average_precision")
 NAMES = {"roc_auc": "AUROC", "average_precision": "average precision"}
 SECTION = "One class, tables"
+ORDER = (SECTION, "Rates that are asked for", "Columns that are to blame", "Missing cells")
 TITLE = """# Quality
 
 What the detector finds, beside others on the same rows. Detectors learn from normal rows; labels serve for the
@@ -80,7 +81,7 @@ def write(path: Path, table: pd.DataFrame, published: pd.DataFrame | None) -> No
         *([] if published is None else beside(table, published)),
         *by_set(table),
     ]
-    page.write_section(path, SECTION, lines, title=TITLE, order=(SECTION,))
+    page.write_section(path, SECTION, lines, title=TITLE, order=ORDER)
     per_set(table).to_csv(path.with_name("adbench.csv"), index=False, float_format="%.4f")
 
 
