@@ -136,8 +136,8 @@ def found(main: pd.DataFrame) -> list[str]:
     lines = [
         "`select(X, false_discovery_rate=…)` on mixes of nine fresh normals and one anomaly (ten draws a fit). Rate: "
         "mean over sets of the share of normals among the rows reported (0 where none is), 95 % interval with sets "
-        "drawn again; power: the share of anomalies reported. The procedure holds 0.9 of what is asked, as 0.9 of the rows "
-        "are normal; below 1 / (n + 1) no p-value can fall, so few calibration rows report nothing:", "",
+        "drawn again; power: the share of anomalies reported. The procedure holds 0.9 of what is asked, as 0.9 of "
+        "the rows are normal; below 1 / (n + 1) no p-value can fall, so few calibration rows report nothing:", "",
         "| asked | guarantee at 1 % | sets | false discovery rate | power |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for (asked, guarantee), cases in own.groupby(["asked", "guarantee"]):
