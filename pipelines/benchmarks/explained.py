@@ -3,8 +3,8 @@
     python pipelines/benchmarks/explained.py FOLDER          # or: make bench-explanations DATA=FOLDER
 
 FOLDER holds npz files with ``X`` (N, D) and ``y`` (N,), 1 = anomaly. Sets of 5 to 60 columns serve of which most, and
-at least five, are real: 20 values or more. Half of the normal rows, drawn by the seed, train; rows of the other half are
-spoiled. Finished lines are kept in outputs/explained/results.csv.
+at least five, are real: 20 values or more. Half of the normal rows, drawn by the seed, train; rows of the other half
+are spoiled. Finished lines are kept in outputs/explained/results.csv.
 """
 
 from __future__ import annotations
