@@ -606,7 +606,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         ``"sum"`` takes the negative ELBO apart, (N, D + 1): nats of each column and of the KL, which sum to it.
         ``"repair"``, (N, D), asks which cell is wrong: the nats by which the negative ELBO falls if the cell becomes
         what the rest of its row lets expect. It has no unit, sums to nothing, and costs 2 D passes; a missing cell
-        has 0. It finds the wrong column more often (docs/benchmarks/quality.md).
+        has 0. It ranks a wrong cell first more often (docs/benchmarks/quality.md).
 
         Raises
         ------

@@ -100,7 +100,7 @@ def test_spoiled_columns_are_found_by_those_who_know_the_others(folder: Path, tm
     assert lines["flagged_rows"].between(150, 200).all()
     page = (tmp_path / "q.md").read_text(encoding="utf-8")
     assert f"{first['z-score']:.3f}" in page
-    assert "top-1 above the best peer, all rows | >= 0.1" in page
+    assert "top-1 above the best peer (Gaussian given the others), all rows | >= 0.1 |" in page
     assert len(pd.read_csv(tmp_path / "explanations.csv")) == 8 * 3
 
 
