@@ -21,6 +21,14 @@ BOOTSTRAPS = 10_000
 OURS = "CVAE"
 
 
+def seeds_run(table: pd.DataFrame) -> str:
+    """How many seeds, and on which sets fewer."""
+    seeds = table.groupby("data")["seed"].nunique()
+    fewer = sorted(seeds.index[seeds < seeds.max()])
+    but = f" (fewer on {', '.join(fewer)})" if fewer else ""
+    return f"{seeds.max()} seed{'s' if seeds.max() > 1 else ''}{but}"
+
+
 def per_set(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds of every method on every set."""
     return table.groupby(["data", "method"], as_index=False)[[*FIGURES, "seconds"]].mean()
