@@ -174,7 +174,8 @@ def fractions(table: pd.DataFrame) -> list[str]:
         for asked in (0.01, 0.05):
             cases = alarms[(alarms["asked"] == asked)].set_index(CASE)
             cases = cases[cases.index.isin(shared[asked])]
-            cells.append(f"{(cases['counted'] / cases['rows'] - asked).std():.2%}")
+            spread = (cases["counted"] / cases["rows"] - asked).std()
+            cells.append("too few" if np.isnan(spread) else f"{spread:.2%}")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
