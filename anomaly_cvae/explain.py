@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, Encoded
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.schema import Name
 from anomaly_cvae.scoring import ColumnScores
 
 KL = "kl"
+METHODS = ("sum", "repair")
+"""Of `CVAEDetector.explain`."""
 COMBINATION = "unusual combination (KL)"
 """How the KL is called where people read it."""
 INTERVAL_DRAWS = 100
 ROWS_PER_BLOCK = 200
+ROWS_PER_REPAIR = 10_000
 
 
 def column_scores(model: FittedModel, encoded: Encoded) -> ColumnScores:
@@ -57,6 +62,35 @@ def excess_nats(model: FittedModel, encoded: Encoded, scores: ColumnScores) -> F
     columns = scores.columns - typical
     kl = scores.kl - model.calibration.typical_kl[groups]
     return np.column_stack([np.where(observed, columns, -np.inf), kl])
+
+
+def repair_gains(model: FittedModel, encoded: Encoded) -> FloatArray:
+    """Nats by which the negative ELBO falls if one cell alone becomes what the rest of its row lets expect: (N, D).
+
+    It bounds log p(expected | rest) - log p(cell | rest) and has no unit: both are densities of the same column. A
+    wrong cell misleads the encoder, so that other columns pay for it; it alone gets them their nats back. Negative
+    where the cell is likelier than what is expected, 0 for a missing cell.
+    """
+    gains = [_repair_gains(model, encoded.take(rows)) for rows in _blocks(len(encoded))]
+    return np.concatenate(gains) if gains else np.zeros((0, len(model.encoder.columns)))
+
+
+def _repair_gains(model: FittedModel, encoded: Encoded) -> FloatArray:
+    scores, known = model.scores(encoded, "elbo"), _most_probable_class(model, encoded)
+    gains = np.zeros((len(encoded), len(model.encoder.columns)))
+    for d, own in enumerate(model.encoder.slices):
+        cells = np.zeros(encoded.observed.shape, dtype=np.bool_)
+        cells[:, own] = encoded.observed[:, own]
+        expected = model.engine.expected(known.hide(cells))
+        if model.encoder.columns[d].likelihood in LIKELIHOODS_OF_KIND["count"]:
+            expected[:, own] = np.round(expected[:, own])
+        repaired = replace(encoded, values=np.where(cells, expected, encoded.values))
+        gains[:, d] = np.where(cells.any(axis=1), scores - model.scores(repaired, "elbo"), 0.0)
+    return model.encoder.ungroup(gains)
+
+
+def _blocks(n_rows: int) -> list[IntArray]:
+    return np.split(np.arange(n_rows), range(ROWS_PER_REPAIR, n_rows, ROWS_PER_REPAIR)) if n_rows else []
 
 
 def called(name: object) -> str:

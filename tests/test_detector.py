@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from anomaly_cvae import CVAEDetector
-from anomaly_cvae.errors import ConditionError
+from anomaly_cvae.errors import ConditionError, ParameterError
 
 TINY = {"max_steps": 40, "hidden_dims": (16,), "n_estimators": 1, "random_state": 0}
 
@@ -131,6 +131,33 @@ def test_explanation_adds_up_and_names_the_culprit(detector, table):
     np.testing.assert_allclose(explained.sum(axis=1), detector.negative_elbo(broken), rtol=1e-6)
     assert (explained.drop(columns="kl").idxmax(axis=1) == "temperature").all()
     pd.testing.assert_index_equal(explained.index, broken.index)
+
+
+def test_repair_is_what_mending_one_cell_saves(detector, table):
+    broken = table.head(30).assign(temperature=300.0)
+    gains = detector.explain(broken, method="repair")
+    assert list(gains.columns) == ["temperature", "load", "alarms", "door_open", "maker"]
+    pd.testing.assert_index_equal(gains.index, broken.index)
+    assert (gains.idxmax(axis=1) == "temperature").all()
+    before = detector.negative_elbo(broken)
+    for name in gains:
+        # Levels and counts, too: what is put in is what impute puts in.
+        mended = detector.impute(broken.astype({"door_open": object, "alarms": float}).assign(**{name: np.nan}))
+        mended["alarms"] = mended["alarms"].round()
+        np.testing.assert_allclose(gains[name], before - detector.negative_elbo(mended), rtol=1e-3, atol=1e-3)
+
+
+def test_repair_of_missing_cells_and_unknown_classes(detector, table):
+    partly = table.head(5).assign(temperature=[np.nan, 300.0, 300.0, 300.0, 300.0])
+    gains = detector.explain(partly, method="repair")
+    assert gains["temperature"].iloc[0] == 0.0
+    assert (gains["temperature"].iloc[1:] > 10.0).all()
+    marginal = clone_of(detector).set_params(unseen_class="marginal")
+    unknown = marginal.explain(table.head(5).assign(type="oven", temperature=3000.0), method="repair")
+    assert (unknown.idxmax(axis=1) == "temperature").all()
+    assert detector.explain(table.head(0), method="repair").shape == (0, 5)
+    with pytest.raises(ParameterError, match="method must be one of"):
+        detector.explain(partly, method="mend")
 
 
 def test_top_columns_say_what_was_expected_instead(detector):
@@ -409,6 +436,7 @@ def test_what_stands_out_does_not_depend_on_the_unit():
     strained = frame.head(100).assign(strain=8e-5, gap=np.nan)
     assert (fitted.score_table(strained, top_column=True)["top_column"] == "strain").all()
     assert (fitted.top_columns(strained, n=4).groupby("row")["column"].last() == "gap").all()
+    assert (fitted.explain(strained, method="repair").idxmax(axis=1) == "strain").all()
 
 
 def test_top_columns_keep_the_order_of_rows_and_repeated_labels(detector, table):

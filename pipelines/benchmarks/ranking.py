@@ -11,6 +11,7 @@ import pandas as pd
 FIGURES = ("roc_auc", "average_precision")
 NAMES = {"roc_auc": "AUROC", "average_precision": "average precision"}
 SECTION = "One class, tables"
+ORDER = (SECTION, "Rates that are asked for", "Columns that are to blame", "Missing cells")
 TITLE = """# Quality
 
 What the detector finds, beside others on the same rows. Detectors learn from normal rows; labels serve for the
@@ -18,6 +19,14 @@ figures and nothing else.
 """
 BOOTSTRAPS = 10_000
 OURS = "CVAE"
+
+
+def seeds_run(table: pd.DataFrame) -> str:
+    """How many seeds, and on which sets fewer."""
+    seeds = table.groupby("data")["seed"].nunique()
+    fewer = sorted(seeds.index[seeds < seeds.max()])
+    but = f" (fewer on {', '.join(fewer)})" if fewer else ""
+    return f"{seeds.max()} seed{'s' if seeds.max() > 1 else ''}{but}"
 
 
 def per_set(table: pd.DataFrame) -> pd.DataFrame:
@@ -80,7 +89,7 @@ def write(path: Path, table: pd.DataFrame, published: pd.DataFrame | None) -> No
         *([] if published is None else beside(table, published)),
         *by_set(table),
     ]
-    page.write_section(path, SECTION, lines, title=TITLE, order=(SECTION,))
+    page.write_section(path, SECTION, lines, title=TITLE, order=ORDER)
     per_set(table).to_csv(path.with_name("adbench.csv"), index=False, float_format="%.4f")
 
 
