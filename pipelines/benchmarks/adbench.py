@@ -11,21 +11,19 @@ its parameters have changed.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import multiprocessing
 import os
 import re
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import one_class_methods
 import pandas as pd
 import ranking
+import resumable
 
 from anomaly_cvae import metrics, tracking
 
@@ -45,6 +43,9 @@ class Task:
     method: str
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.data}, {self.method}, seed {self.seed}"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,6 +61,9 @@ class Result:
     average_precision: float
     seconds: float
 
+    def __str__(self) -> str:
+        return f"AUROC {self.roc_auc:.3f}, average precision {self.average_precision:.3f}, {self.seconds:.0f} s"
+
 
 def split(X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Training rows, test rows, and which of these are anomalies."""
@@ -72,19 +76,20 @@ def split(X: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
     return X[normal[:half]], X[test], y[test] != 0
 
 
-def run(task: Task, file: Path) -> Result:
+def run(files: dict[str, Path], task: Task) -> list[Result]:
     """Learn, score, judge."""
-    with np.load(file) as loaded:
+    with np.load(files[task.data]) as loaded:
         X, y = loaded["X"].astype(np.float64), loaded["y"].ravel()
     train, test, is_anomaly = split(X, y, task.seed)
     started = time.perf_counter()
     scores = one_class_methods.METHODS[task.method](train, test, task.seed)
-    return Result(
+    result = Result(
         **asdict(task), parameters=digest(task.method), training_rows=len(train), test_rows=len(test),
         roc_auc=metrics.roc_auc(is_anomaly, scores),
         average_precision=metrics.average_precision(is_anomaly, scores),
         seconds=time.perf_counter() - started,
     )  # fmt: skip
+    return [result]
 
 
 def digest(method: str) -> str:
@@ -98,51 +103,9 @@ def name_of(file: Path) -> str:
     return re.sub(r"^\d+_", "", file.stem)
 
 
-def one_thread() -> None:
-    """Workers share the cores by sets, not within one."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def run_all(tasks: Sequence[Task], files: dict[str, Path], workers: int, results: Path) -> None:
-    """All tasks, several at a time, each written down when it is done; one that fails is named and left out."""
-    # Libraries that count threads read this when a worker starts.
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread) as pool:
-        waiting = {pool.submit(run, task, files[task.data]): task for task in tasks}
-        for done, future in enumerate(as_completed(waiting), start=1):
-            task = waiting[future]
-            try:
-                result = future.result()
-            except Exception as fault:  # one method that fails on one set must not end a night's run
-                print(f"{task.data}, {task.method}, seed {task.seed}: {type(fault).__name__}: {fault}", flush=True)
-                continue
-            keep(result, results)
-            print(
-                f"[{done}/{len(tasks)}] {task.data}, {task.method}, seed {task.seed}: "
-                f"AUROC {result.roc_auc:.3f}, average precision {result.average_precision:.3f}, {result.seconds:.0f} s",
-                flush=True,
-            )
-
-
-def keep(result: Result, results: Path) -> None:
-    """Append one line."""
-    results.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not results.is_file()
-    with results.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(result))
-
-
 def load(results: Path) -> pd.DataFrame:
     """Finished lines."""
-    if not results.is_file():
-        return pd.DataFrame(columns=[field.name for field in fields(Result)])
-    table = pd.read_csv(results, keep_default_na=False)
+    table = resumable.load(results, Result)
     return table[table["parameters"] == table["method"].map(digest)]
 
 
@@ -204,7 +167,7 @@ def main() -> None:
     missing = [task for task in tasks if (task.data, task.method, task.seed) not in finished]
     print(f"{len(tasks)} lines, {len(tasks) - len(missing)} of them there already")
     if missing and not arguments.page_only:
-        run_all(missing, files, arguments.workers, arguments.results)
+        resumable.run_all(missing, partial(run, files), arguments.workers, arguments.results)
     table = load(arguments.results)
     asked = [table[column].isin(wanted) for column, wanted in (("data", chosen), ("method", arguments.methods))]
     table = table[asked[0] & asked[1] & table["seed"].isin(arguments.seeds)]
