@@ -29,6 +29,8 @@ ON_IMAGES: dict[str, Any] = {
     **presets.IMAGES, **ALL_ROWS, "channels": (16, 32), "latent_dim": 12, "scale_floor": 1.5, "patience": 40,
 }  # fmt: skip
 """As the study of MNIST has it (`pipelines/drawn_digits.py`), its channels those of few cores."""
+IMAGES_PER_NETWORK = 16
+"""In a step, of one network per class: ten of them then see about as many images as one that is shared."""
 OUR_WAYS = {"no condition": "shared", "shared": "shared", "per class": "per_class"}
 """Of each, what `conditioning` is."""
 GIVEN_CLASS = "given the class"
@@ -52,7 +54,7 @@ def methods_of(data: DataSet) -> list[tuple[str, str]]:
 def scores_of(method: str, way: str, split: Split, seed: int, limits: Limits) -> Scores:
     """The scores of one method, told the condition in one way."""
     if method in OURS:
-        return ours(split, way, parameters_of(method, split.image_shape is not None, limits), seed)
+        return ours(split, way, parameters_of(method, way, split.image_shape is not None, limits), seed)
     if method == TRUTH:
         return truth(split)
     if method in CONTRASTS:
@@ -65,11 +67,14 @@ def scores_of(method: str, way: str, split: Split, seed: int, limits: Limits) ->
     }  # fmt: skip
 
 
-def parameters_of(method: str, on_images: bool, limits: Limits) -> dict[str, Any]:
+def parameters_of(method: str, way: str, on_images: bool, limits: Limits) -> dict[str, Any]:
     """Of one of ours; nothing of a peer."""
     if method not in OURS:
         return {}
-    return {**ON_IMAGES, "max_steps": limits.image_steps} if on_images else OURS[method]
+    if not on_images:
+        return OURS[method]
+    batch = IMAGES_PER_NETWORK if way == "per class" else ON_IMAGES["batch_size"]
+    return {**ON_IMAGES, "max_steps": limits.image_steps, "batch_size": batch}
 
 
 def ours(split: Split, way: str, parameters: Mapping[str, Any], seed: int) -> Scores:

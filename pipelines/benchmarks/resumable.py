@@ -58,4 +58,6 @@ def load(results: Path, kind: type[Any]) -> pd.DataFrame:
     """The lines of a file, or none, with the columns of a dataclass."""
     if not results.is_file():
         return pd.DataFrame(columns=[field.name for field in fields(kind)])
-    return pd.read_csv(results, keep_default_na=False)
+    # A hash of digits alone is not a number.
+    words = {field.name: "str" for field in fields(kind) if field.type in (str, "str")}
+    return pd.read_csv(results, keep_default_na=False, dtype=words)

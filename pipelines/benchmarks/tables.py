@@ -248,13 +248,14 @@ def comparison(table: pd.DataFrame) -> list[str]:
         text += [f"| method | way | {' | '.join(names)} |", "|---|---|" + "---|" * len(columns)]
         best = {c: own[(c, "mean")].max() for c in columns}
         for (method, way), row in own.iterrows():
-            cells = [_cell(row[(c, "mean")], row[(c, "std")], best[c]) for c in columns]
+            cells = [cell(row[(c, "mean")], row[(c, "std")], best[c]) for c in columns]
             said = "its condition" if method.startswith("CVAE") and way != "no condition" else way
             text.append(f"| {method} | {said} | {' | '.join(cells)} |")
     return text
 
 
-def _cell(mean: float, std: float, best: float) -> str:
+def cell(mean: float, std: float, best: float) -> str:
+    """Mean and, where there is one, standard deviation; the best in bold."""
     spread = "" if not np.isfinite(std) or std < 5e-5 else f" ({std:.3f})"
     return f"**{mean:.4f}**{spread}" if abs(mean - best) < 5e-5 else f"{mean:.4f}{spread}"
 
