@@ -68,9 +68,9 @@ def introduction(table: pd.DataFrame, limits: Limits, absent: Sequence[str]) -> 
     if (table["part"] == "a").any():
         lines += [
             "",
-            f"Images: {limits.training_images:,} for training, {limits.test_images:,} to judge, {limits.image_steps:,} "
-            "training steps of a small convolutional network (one per class: 16 images in a step of each): few, for want "
-            "of time; what more steps give is in [images](images.md).",
+            f"Images: {limits.training_images:,} for training, {limits.test_images:,} to judge, "
+            f"{limits.image_steps:,} training steps of a small convolutional network (one per class: 16 images in a "
+            "step of each): few, for want of time; what more steps give is in [images](images.md).",
         ]
     if absent:
         lines += ["", f"Left out, as the files were not there: {'; '.join(absent)}."]
