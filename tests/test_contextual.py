@@ -84,7 +84,10 @@ def test_finished_lines_are_not_measured_again_and_absent_files_are_named(folder
     assert (finished / "r.csv").read_text() == before
 
 
-@pytest.mark.parametrize(("arguments", "said"), [(["--parts", "g"], "no part 'g'"), (["--methods", "near"], "'near'")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--parts", "g"], "no part 'g'"), (["--methods", "near"], "'near'"), (["--only", "moon"], "no set 'moon'")],
+)
 def test_what_is_not_there_is_named(folder: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
     ran = run(folder, *arguments, folder=tmp_path)
     assert ran.returncode == 2

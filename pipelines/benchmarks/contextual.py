@@ -126,6 +126,7 @@ def main() -> None:
     every = list(dict.fromkeys(name for data in sets(limits) for name, _ in methods_of(data)))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", default="abcdef", help="of abcdef, such as ce")
+    parser.add_argument("--only", nargs="+", metavar="SET", help="these sets")
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD",
                         help=f"of {', '.join(every)}; default: all")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
@@ -140,7 +141,12 @@ def main() -> None:
     if unknown := set(arguments.parts) - set("abcdef"):
         parser.error(f"no part {sorted(unknown)[0]!r}; there are a, b, c, d, e, f")
     limits = Limits(arguments.training_images, arguments.test_images, arguments.image_steps)
-    here, absent = available(arguments.folder, [data for data in sets(limits) if data.part in arguments.parts])
+    named = {data.name for data in sets(limits)}
+    if wrong := [name for name in arguments.only or [] if name not in named]:
+        parser.error(f"no set {wrong[0]!r}; there are {'; '.join(sorted(named))}")
+    asked = [data for data in sets(limits) if data.part in arguments.parts]
+    asked = [data for data in asked if not arguments.only or data.name in arguments.only]
+    here, absent = available(arguments.folder, asked)
     for data in absent:
         print(f"left out: {data.name}, for {arguments.folder} holds no {' and '.join(data.files)}")
     tasks = tasks_of(here, arguments.methods, arguments.seeds)
