@@ -160,7 +160,16 @@ def main() -> None:
     table = load(arguments.results, limits)
     if table.empty:
         raise SystemExit("nothing has been measured: there is nothing to write")
-    contextual_page.write(arguments.output, table, limits, [data.name for data in absent])
+    measured = {Task(*row) for row in table[list(Task.__dataclass_fields__)].itertuples(index=False)}
+    planned = tasks_of(sets(limits), every, SEEDS)
+    to_do = contextual_page.ToDo(
+        absent=[data.name for data in absent],
+        lines=len(planned),
+        measured=len(measured & set(planned)),
+        sets=[data.name for data in sets(limits) if data.name not in set(table["data"]) and data not in absent],
+        methods=[name for name in every if name not in set(table["method"])],
+    )
+    contextual_page.write(arguments.output, table, limits, to_do)
     print(f"written: {arguments.output}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import contextual_goals
@@ -25,9 +26,33 @@ ABOUT = {
 }
 
 
-def write(path: Path, table: pd.DataFrame, limits: Limits, absent: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class ToDo:
+    """What the page does not have: sets without a file; of all lines planned, those measured; sets and methods left."""
+
+    absent: Sequence[str]
+    lines: int
+    measured: int
+    sets: Sequence[str]
+    methods: Sequence[str]
+
+    def said(self) -> list[str]:
+        """As paragraphs."""
+        lines = []
+        if self.absent:
+            lines += ["", f"Left out, as the files were not there: {'; '.join(self.absent)}."]
+        if self.measured < self.lines:
+            lines += ["", f"**Not complete**: {self.measured} of {self.lines} planned lines are measured."]
+        if self.sets:
+            lines += ["", f"Not measured yet: {'; '.join(self.sets)}."]
+        if self.methods:
+            lines += ["", f"On no set yet: {'; '.join(self.methods)}."]
+        return lines
+
+
+def write(path: Path, table: pd.DataFrame, limits: Limits, to_do: ToDo) -> None:
     """Replace the section of the page, and write every line beside it as CSV."""
-    lines = [page.measured_on("make bench-contextual"), "", *introduction(table, limits, absent), ""]
+    lines = [page.measured_on("make bench-contextual"), "", *introduction(table, limits), *to_do.said(), ""]
     lines += contextual_goals.lines(table)
     means = mean_lines(table)
     for part, title in ABOUT.items():
@@ -43,7 +68,7 @@ def write(path: Path, table: pd.DataFrame, limits: Limits, absent: Sequence[str]
     sorted_lines.to_csv(path.with_name("contextual.csv"), index=False, float_format="%.5f")
 
 
-def introduction(table: pd.DataFrame, limits: Limits, absent: Sequence[str]) -> list[str]:
+def introduction(table: pd.DataFrame, limits: Limits) -> list[str]:
     """What was run, what was not, and what each word of the tables means."""
     seeds = ", ".join(map(str, sorted(table["seed"].unique())))
     lines = [
@@ -73,8 +98,6 @@ def introduction(table: pd.DataFrame, limits: Limits, absent: Sequence[str]) -> 
             f"{limits.image_steps:,} training steps of a small convolutional network (one per class: 16 images in a "
             "step of each): few, for want of time; what more steps give is in [images](images.md).",
         ]
-    if absent:
-        lines += ["", f"Left out, as the files were not there: {'; '.join(absent)}."]
     return lines
 
 
