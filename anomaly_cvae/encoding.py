@@ -420,7 +420,7 @@ def _standardise(raw: np.ndarray, fitted: FittedColumn, out: FloatArray) -> bool
         np.subtract(raw, fitted.center, out=out, dtype=np.float64)
         np.divide(out, fitted.scale, out=out)
         # Not so with NaN, either.
-        return bool(-LARGEST_VALUE <= out.min() and out.max() <= LARGEST_VALUE)
+        return bool(out.min() >= -LARGEST_VALUE and out.max() <= LARGEST_VALUE)
 
 
 def _encode_images(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[Any, BoolArray]:

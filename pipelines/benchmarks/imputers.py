@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import one_class_methods
 import pandas as pd
+from conditional_peers import encode
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401  # scikit-learn's own switch
 from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
-from tables import encode
 
 Rows = npt.NDArray[np.float64]
 Imputer = Callable[[Rows, int], object]

@@ -24,10 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.ensemble import IsolationForest
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from conditional_peers import LEAST_ROWS_OF_OWN_PEER, PEERS, WAYS, peer_scores
 
 from anomaly_cvae import CVAEDetector, jobs, metrics
 from anomaly_cvae.jobs.evaluation import score_in_chunks
@@ -37,9 +34,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PARTS = Path("outputs/tables.json")
 REPORT = Path("docs/benchmarks/tables.md")
 SEEDS = (10, 11, 12)
-LEAST_ROWS_OF_OWN_PEER = 50
-"""A class with fewer training rows is judged by the detector of all rows, on the scale of all rows."""
-WAYS = ("no condition", "condition as column", "one per class")
 
 
 @dataclass(frozen=True)
@@ -61,91 +55,6 @@ END_TO_END = (
     Problem("C-MAPSS FD002", "cmapss.yaml", "cmapss_FD002_train.parquet", "cmapss_FD002_test.parquet"),
     Problem("digits", "digits.yaml", "train.parquet", "test.parquet"),
 )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of training rows, none of which is its own neighbour, and of test rows; higher = more anomalous."""
-
-    train: np.ndarray
-    test: np.ndarray
-
-
-def isolation_forest(train: np.ndarray, test: np.ndarray, seed: int) -> Scores:
-    """scikit-learn's defaults."""
-    forest = IsolationForest(random_state=seed).fit(train)
-    return Scores(-forest.score_samples(train), -forest.score_samples(test))
-
-
-def nearest_neighbours(train: np.ndarray, test: np.ndarray, seed: int) -> Scores:
-    """Distance to the fifth nearest training row."""
-    near = NearestNeighbors(n_neighbors=5, algorithm="brute").fit(train)
-    return Scores(near.kneighbors()[0][:, -1], near.kneighbors(test)[0][:, -1])
-
-
-def local_outlier_factor(train: np.ndarray, test: np.ndarray, seed: int) -> Scores:
-    """scikit-learn's defaults (20 neighbours)."""
-    factor = LocalOutlierFactor(novelty=True, algorithm="brute").fit(train)
-    return Scores(-factor.negative_outlier_factor_, -factor.score_samples(test))
-
-
-def gaussian_mixture(train: np.ndarray, test: np.ndarray, seed: int) -> Scores:
-    """Ten full components, fewer where there are few rows."""
-    components = int(np.clip(len(train) // 50, 1, 10))
-    mixture = GaussianMixture(components, reg_covar=1e-3, random_state=seed).fit(train)
-    return Scores(-mixture.score_samples(train), -mixture.score_samples(test))
-
-
-PEERS: dict[str, Callable[[np.ndarray, np.ndarray, int], Scores]] = {
-    "Isolation Forest": isolation_forest,
-    "kNN(5)": nearest_neighbours,
-    "LOF(20)": local_outlier_factor,
-    "GMM(10)": gaussian_mixture,
-}
-
-
-def encode(train: pd.DataFrame, test: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised numbers and one-hot words, learned from the training rows."""
-    words = [name for name in train if not pd.api.types.is_numeric_dtype(train[name])]
-    numbers = [name for name in train if name not in words]
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    if numbers:
-        scaler = StandardScaler().fit(train[numbers])
-        parts.append((scaler.transform(train[numbers]), scaler.transform(test[numbers])))
-    if words:
-        one_hot = OneHotEncoder(handle_unknown="ignore", sparse_output=False).fit(train[words].astype(str))
-        parts.append((one_hot.transform(train[words].astype(str)), one_hot.transform(test[words].astype(str))))
-    both = [np.hstack(side).astype(np.float32) for side in zip(*parts, strict=True)]
-    return both[0], both[1]
-
-
-def peer_scores(
-    peer: str, way: str, train: pd.DataFrame, test: pd.DataFrame, conditions: list[str], seed: int
-) -> np.ndarray:
-    """Scores of the test rows, (N,); one per class: a row of a class without training rows ranks first."""
-    features = train.columns if way == "condition as column" else train.columns.difference(conditions, sort=False)
-    kind = train.assign(**{name: train[name].astype(str) for name in conditions})
-    other = test.assign(**{name: test[name].astype(str) for name in conditions})
-    x_train, x_test = encode(kind[features], other[features])
-    if way != "one per class":
-        return PEERS[peer](x_train, x_test, seed).test
-    own = kind[conditions].agg(", ".join, axis=1).to_numpy()
-    asked = other[conditions].agg(", ".join, axis=1).to_numpy()
-    everyone = on_scale(PEERS[peer](x_train, x_test, seed))
-    scores = np.full(len(test), np.inf)
-    for name in np.unique(own):
-        rows, wanted = own == name, asked == name
-        if not wanted.any():
-            continue
-        few = rows.sum() < LEAST_ROWS_OF_OWN_PEER
-        scores[wanted] = everyone[wanted] if few else on_scale(PEERS[peer](x_train[rows], x_test[wanted], seed))
-    return np.where(np.isinf(scores), scores[np.isfinite(scores)].max() + 1.0, scores)
-
-
-def on_scale(scores: Scores) -> np.ndarray:
-    """Test scores on the scale of the training ones: median 0, 0.9 quantile 1."""
-    middle, high = np.quantile(scores.train, [0.5, 0.9])
-    return (scores.test - middle) / max(high - middle, 1e-9)
 
 
 def plan_of(problem: Problem, folder: Path, seed: int, **changes: Any) -> Plan:
@@ -339,13 +248,14 @@ def comparison(table: pd.DataFrame) -> list[str]:
         text += [f"| method | way | {' | '.join(names)} |", "|---|---|" + "---|" * len(columns)]
         best = {c: own[(c, "mean")].max() for c in columns}
         for (method, way), row in own.iterrows():
-            cells = [_cell(row[(c, "mean")], row[(c, "std")], best[c]) for c in columns]
+            cells = [cell(row[(c, "mean")], row[(c, "std")], best[c]) for c in columns]
             said = "its condition" if method.startswith("CVAE") and way != "no condition" else way
             text.append(f"| {method} | {said} | {' | '.join(cells)} |")
     return text
 
 
-def _cell(mean: float, std: float, best: float) -> str:
+def cell(mean: float, std: float, best: float) -> str:
+    """Mean and, where there is one, standard deviation; the best in bold."""
     spread = "" if not np.isfinite(std) or std < 5e-5 else f" ({std:.3f})"
     return f"**{mean:.4f}**{spread}" if abs(mean - best) < 5e-5 else f"{mean:.4f}{spread}"
 
