@@ -628,8 +628,8 @@ NO_POSITIVE_NUMBER = [0.0, -1.0, np.inf, NAN, "1", None, True]
 OUT_OF_RANGE: dict[str, list[Any]] = {
     **{name: [0, -1, 1.5, "3", None, True, NAN] for name in WHOLE_FROM_ONE},
     "false_alarm_rate": [0.0, 1.0, -0.1, 1.5, NAN, "0.1", None, True],
-    "kl_weight": [-0.1, np.inf, NAN, "1", None],
-    "input_noise": [-0.1, np.inf, NAN, "1", None],
+    "kl_weight": [-0.1, np.inf, NAN, "1", None, (), (0.1, -0.1)],
+    "input_noise": [-0.1, np.inf, NAN, "1", None, (), [0.1, "1"], (None,)],
     "mask_rate": [-0.1, 1.1, NAN, "0.1", None],
     "scale_floor": NO_POSITIVE_NUMBER,
     "learning_rate": NO_POSITIVE_NUMBER,
@@ -679,6 +679,7 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(name: str, value: 
         {"mask_rate": 0},
         {"mask_rate": 1},
         {"kl_weight": 0},
+        {"kl_weight": [1, 0.1], "input_noise": (0,)},
         {"validation_fraction": 0, "calibration_fraction": 0},
         {"latent_dim": np.int64(1)},
         {"hidden_dims": []},

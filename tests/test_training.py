@@ -403,7 +403,8 @@ def test_epochs_report_the_schedule() -> None:
         assert math.isfinite(epoch.train_negative_elbo)
 
 
-def test_losses_are_nats_per_row_and_only_the_training_loss_is_tempered() -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_losses_are_nats_per_row_with_the_kl_weighted_as_at_the_end_of_training(weight: float) -> None:
     # Every row is the same, the decoder ignores z and nothing moves: all steps and epochs have one loss.
     data = replace(rows(), values=rows().values[:1].expand(240, -1))
     model = bank(hidden_dims=())
@@ -413,10 +414,35 @@ def test_losses_are_nats_per_row_and_only_the_training_loss_is_tempered() -> Non
         terms = model.terms(data.batch(TRAINING[None, :1]), NOISE.double())
     reconstruction, kl = float(-terms.log_prob[0, 0].sum()), float(terms.kl.sum())
     assert kl > 0.1
-    settings = replace(SETTINGS, learning_rate=0.0, kl_weight=0.0, patience=100)
-    for epoch in run(model, data, settings).epochs:
-        assert epoch.train_negative_elbo == pytest.approx(reconstruction, rel=1e-9)
-        assert epoch.validation_negative_elbo == pytest.approx(reconstruction + kl, rel=1e-9)
+    settings = replace(SETTINGS, learning_rate=0.0, kl_weight=weight, patience=100)
+    epochs = run(model, data, settings).epochs
+    for epoch in epochs:
+        assert epoch.validation_negative_elbo == pytest.approx(reconstruction + weight * kl, rel=1e-9)
+    assert epochs[-1].train_negative_elbo == pytest.approx(reconstruction + weight * kl, rel=1e-9)
+
+
+@torch.no_grad()
+def held_out_kl(model: CVAE, data: DeviceRows) -> Tensor:
+    """Mean KL (M,) of all held-out rows."""
+    batch = data.batch(VALIDATION.expand(model.architecture.n_members, -1))
+    return model.terms(batch, NOISE.to(data.values.dtype)).kl.sum(-1).mean(1)
+
+
+@pytest.mark.parametrize(
+    "objective", [BoundObjective(elbo), BoundObjective(importance_weighted, 3)], ids=["elbo", "iwae"]
+)
+def test_a_member_of_little_kl_weight_keeps_more_of_the_row_in_z(objective: BoundObjective) -> None:
+    data, model = rows(), bank(4)
+    run(model, data, replace(SETTINGS, max_steps=300, kl_weight=(1.0, 0.1), objective=objective))
+    kl = held_out_kl(model, data)
+    assert kl[1::2].min() > 1.2 * kl[::2].max()
+
+
+def test_members_have_noise_of_their_own_and_in_turn() -> None:
+    data, model = rows(), bank(4)
+    run(model, data, replace(SETTINGS, max_steps=300, input_noise=(0.0, 1.0)))
+    loss = held_out_loss(model, data)
+    assert loss[1::2].min() > loss[::2].max() + 0.3
 
 
 @pytest.mark.parametrize("n_rows", [1, 100, 10_000, 10**7])
