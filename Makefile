@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-adbench bench-images gallery drill-kill clean
+.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-adbench bench-ablation bench-images gallery drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -78,6 +78,9 @@ bench-tables: $(VENV)/.installed  ## Measure detection on conditional tables in 
 
 bench-adbench: $(VENV)/.installed-bench  ## Measure one-class detection on the npz files (X, y) of DATA=FOLDER; writes docs/benchmarks/quality.md; OPTIONS="--methods kNN"
 	$(BIN)/python pipelines/benchmarks/adbench.py $(DATA) $(OPTIONS)
+
+bench-ablation: $(VENV)/.installed-bench  ## Change one thing of the fast preset at a time on the npz files of DATA=FOLDER; writes docs/benchmarks/quality.md
+	$(BIN)/python pipelines/benchmarks/ablation.py $(DATA) $(OPTIONS)
 
 PRESET ?= fast
 bench-images: $(VENV)/.installed  ## Run the studies on images in DATA=FOLDER, PRESET=fast (an hour) or best; writes docs/benchmarks/images.md

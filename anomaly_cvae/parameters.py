@@ -44,21 +44,20 @@ def _number(low: float, high: float, *, open_low: bool = False, open_high: bool 
 
 
 def _one_or_several(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: (len(value) > 0 and all(map(accepts, value))) if _listed(value) else accepts(value)
+    def accept(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return len(value) > 0 and all(map(accepts, value))
+        return accepts(value)
 
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, (tuple, list))
+    return accept
 
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
     "free_bits": (_number(0, np.inf, open_high=True), "a number of nats from 0 up"),
-    **dict.fromkeys(
-        ("kl_weight", "input_noise"),
-        (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
-    ),
+    "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
+    "input_noise": (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
     "mask_rate": (_number(0, 1), "a number in [0, 1]"),
     "scale_floor": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
     "learning_rate": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),

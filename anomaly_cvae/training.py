@@ -55,7 +55,7 @@ class TrainingSettings:
     batch_size: int
     learning_rate: float
     objective: Objective = field(default_factory=BoundObjective)
-    kl_weight: PerMember = 1.0
+    kl_weight: float = 1.0
     input_noise: PerMember = 0.0
     mask_rate: float = 0.0
     mask_shapes: MaskShapes = "mixed"
@@ -162,9 +162,8 @@ class _Loop:
         )
         self.precision = torch.autocast(device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device))
         members = len(training_rows)
-        self.input_noise = dealt(settings.input_noise, members, rows.values).unsqueeze(-1)
+        self.input_noise = dealt(settings.input_noise, members, rows.values)
         self.has_noise = bool(self.input_noise.any())
-        self.kl_weights = dealt(settings.kl_weight, members, rows.values)
         self.best_loss = torch.full((members,), torch.inf, dtype=torch.float64, device=device)
         self.best = [p.detach().clone() for p in self.parameters]
         self.stale = torch.zeros(members, dtype=torch.long, device=device)
@@ -258,10 +257,10 @@ class _Loop:
         decay = 0.5 * (1.0 + math.cos(math.pi * max(0.0, progress)))
         return self.settings.learning_rate * min(1.0, (step + 1) / warmup) * decay
 
-    def kl_weight(self, step: int) -> Tensor:
-        """Each member's own (M, 1). Linear warm-up from 0: no unit is switched off before the decoder can use it."""
+    def kl_weight(self, step: int) -> float:
+        """Linear warm-up from 0: latent units are not switched off before the decoder can use them."""
         warmup = max(1, round(KL_WARMUP * self.settings.max_steps))
-        return self.kl_weights * min(1.0, step / warmup)
+        return self.settings.kl_weight * min(1.0, step / warmup)
 
     def clip_gradients(self) -> None:
         """Bound each member's gradient norm on its own: one bad member must not slow the others."""
@@ -289,7 +288,7 @@ class _Loop:
             train_negative_elbo=train_loss,
             validation_negative_elbo=float(loss.mean()),
             learning_rate=self.learning_rate(max(step - 1, 0)),
-            kl_weight=float(self.kl_weight(max(step - 1, 0)).mean()),
+            kl_weight=self.kl_weight(max(step - 1, 0)),
             improved_members=int(improved.sum()),
             seconds=time.perf_counter() - self.started,
             validation_per_member=tuple(loss.tolist()),
@@ -307,7 +306,7 @@ class _Loop:
         for start in range(0, self.validation_table.shape[1], 500):
             chosen = self.validation_table[:, start : start + 500]
             batch = self.with_given(self.rows.batch(chosen), masks)
-            losses.append(self.settings.objective.held_out(self.model, batch, noise, self.kl_weights))
+            losses.append(self.settings.objective.held_out(self.model, batch, noise, self.settings.kl_weight))
         ranked = torch.cat(losses, dim=1)
         place = torch.arange(ranked.shape[1], device=ranked.device)
         ranked = torch.where(place < self.validation_counts.unsqueeze(1), ranked, torch.inf).sort(dim=1).values
@@ -405,9 +404,9 @@ class _Loop:
 
 
 def dealt(numbers: PerMember, members: int, like: Tensor) -> Tensor:
-    """The number of each member, (M, 1), in the type and on the device of ``like``."""
+    """The number of each member, (M, 1, 1), in the type and on the device of ``like``."""
     several = numbers if isinstance(numbers, tuple) else (numbers,)
-    return torch.tensor(list(islice(cycle(several), members)), dtype=like.dtype, device=like.device).unsqueeze(1)
+    return torch.tensor(list(islice(cycle(several), members)), dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
 
 
 def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:

@@ -463,7 +463,7 @@ def test_noise_is_dealt_to_the_networks_of_every_class_alike(table):
 
 def test_members_that_differ_are_saved_and_scored_by_the_mean_of_their_nats(table, tmp_path):
     differ = {**TINY, "n_estimators": 2, "ignore_columns": ["serial", "type"], "input_noise": (0.1, 0.0)}
-    fitted = CVAEDetector(**differ, kl_weight=[1.0, 0.1]).fit(table)
+    fitted = CVAEDetector(**differ).fit(table)
     scores = fitted.negative_elbo(table)
     np.testing.assert_allclose(fitted.explain(table).sum(axis=1), scores, rtol=1e-6)
     loaded = CVAEDetector.load(fitted.save(tmp_path / "model"))

@@ -132,7 +132,7 @@ class Adversarial(Objective):
             fresh = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
             self.optimizer.state[parameter] = dict(zip(OPTIMIZER_STATE, fresh, strict=True))
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float | Tensor) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """What encoder and decoder lower; the discriminator's own loss waits for `after`."""
         prior, posterior = model.prior(batch.condition, group=batch.class_index), model.encode(batch)
         z = posterior.sample(draws.latent(model, batch, 1))

@@ -13,28 +13,27 @@ from anomaly_cvae.model import Terms
 
 
 class Bound(Protocol):
-    """A bound on log p(x | c) per member and row, (M, N), nats; a KL weight (M, 1) is each member's own."""
+    """A bound on log p(x | c) per member and row, (M, N), nats."""
 
-    def __call__(self, terms: Terms, kl_weight: float | Tensor = 1.0) -> Tensor:
+    def __call__(self, terms: Terms, kl_weight: float = 1.0) -> Tensor:
         """Reduce ``terms``."""
 
 
-def elbo(terms: Terms, kl_weight: float | Tensor = 1.0) -> Tensor:
+def elbo(terms: Terms, kl_weight: float = 1.0) -> Tensor:
     """E_q log p(x | z, c) - kl_weight * KL(q || p), (M, N); Kingma and Welling (2014), equation 3."""
     wide = accumulator(terms.log_prob)
     reconstruction = terms.log_prob.sum(-1, dtype=wide).mean(1)
     return reconstruction - kl_weight * terms.kl.sum(-1, dtype=wide)
 
 
-def importance_weighted(terms: Terms, kl_weight: float | Tensor = 1.0) -> Tensor:
+def importance_weighted(terms: Terms, kl_weight: float = 1.0) -> Tensor:
     """log mean_s p(x, z_s | c) / q(z_s | x, c), (M, N); Burda, Grosse and Salakhutdinov (2016), equation 8.
 
     ``kl_weight`` tempers log p(z | c) - log q(z | x, c) for the warm-up; at 1 this is the IWAE bound.
     """
     wide = accumulator(terms.log_prob)
     log_ratio = (terms.log_prior - terms.log_q).to(wide)
-    weight = kl_weight.unsqueeze(-1) if isinstance(kl_weight, Tensor) else kl_weight
-    log_weight = terms.log_prob.sum(-1, dtype=wide) + weight * log_ratio
+    log_weight = terms.log_prob.sum(-1, dtype=wide) + kl_weight * log_ratio
     return torch.logsumexp(log_weight, dim=1) - math.log(log_weight.shape[1])
 
 

@@ -55,14 +55,14 @@ class Objective:
     keeps_best: bool = True
     takes_noise: bool = True
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float | Tensor) -> Loss:
-        """The loss whose gradient the loop follows; ``kl_weight`` may be (M, 1), each member's own."""
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+        """The loss whose gradient the loop follows."""
         raise NotImplementedError
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float | Tensor = 1.0) -> Tensor:
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
         """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z).
 
-        ``kl_weight`` is what training ends with: weights that are good by another one are early ones.
+        ``kl_weight`` is what training ends with: the best weights by another one are early ones.
         """
         return -elbo(model.terms(batch, noise), kl_weight)
 
@@ -91,7 +91,7 @@ class BoundObjective(Objective):
     def __init__(self, bound: Bound = elbo, n_samples: int = 1, free_bits: float = 0.0) -> None:
         self.bound, self.n_samples, self.free_bits = bound, n_samples, free_bits
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float | Tensor) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """Minus the bound, and what the inference head, if there is one, has yet to learn."""
         terms = model.terms(batch, draws.latent(model, batch, self.n_samples))
         rows = -self.bound(with_free_bits(terms, self.free_bits), kl_weight)
@@ -99,8 +99,8 @@ class BoundObjective(Objective):
             rows = rows + inference_loss(model, batch)
         return Loss(rows, terms.log_prob)
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float | Tensor = 1.0) -> Tensor:
-        """The negative ELBO, and the inference head's loss if there is one."""
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+        """The weighted negative ELBO, and the inference head's loss if there is one."""
         rows = super().held_out(model, batch, noise, kl_weight)
         return rows if model.inference_head is None else rows + inference_loss(model, batch)
 

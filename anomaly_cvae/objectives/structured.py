@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import CVAE
@@ -23,7 +22,7 @@ class Hybrid(Objective):
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0, elbo_share: float = 0.5) -> None:
         self.n_samples, self.free_bits, self.elbo_share = n_samples, free_bits, elbo_share
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float | Tensor) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
         """Both parts from one look at the observed part."""
         seen = model.look(batch)
         if seen is None:

@@ -39,10 +39,8 @@ def measured(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_the_base(part: pd.DataFrame) -> pd.DataFrame:
-    lines = part.groupby("method")[["data", "seed"]].apply(
-        lambda own: frozenset(own.itertuples(index=False, name=None))
-    )
-    return part[part["method"].map(lines.eq(lines.get(BASE, frozenset())))]
+    lines = {method: set(zip(own["data"], own["seed"], strict=True)) for method, own in part.groupby("method")}
+    return part[[lines[method] == lines.get(BASE) for method in part["method"]]]
 
 
 def section(table: pd.DataFrame) -> list[str]:
@@ -56,8 +54,8 @@ def section(table: pd.DataFrame) -> list[str]:
         f"`presets.FAST` with all rows for training, and one thing changed at a time; splits as above, seed {seeds}. "
         f"The {n_sets.get(PARTS[0], 0)} tuning sets are those whose labels were looked at when parameters were chosen; "
         f"those of the {n_sets.get(PARTS[1], 0)} others ({', '.join(sorted(set(own['data']) & set(UNSEEN)))}) chose "
-        "nothing. In brackets: the mean difference from the first line and its 95 % interval (sets drawn again 10,000 "
-        "times).",
+        "nothing. Behind each mean: the mean difference from the first line and, in brackets, its 95 % interval (sets "
+        "drawn again 10,000 times).",
         "",
         "| | tuning sets, AUROC | average precision | other sets, AUROC | average precision |",
         "|---|---|---|---|---|",
@@ -78,7 +76,7 @@ def _cell(own: pd.DataFrame, variant: str, figure: str) -> str:
         return "not measured"
     if variant == BASE:
         return f"{mine.mean():.3f}"
-    return f"{mine.mean():.3f} ({ranking.signed(*ranking.difference(own, variant, BASE, figure))})"
+    return f"{mine.mean():.3f}, {ranking.signed(*ranking.difference(own, variant, BASE, figure))}"
 
 
 def main() -> None:
