@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-adbench bench-contextual bench-calibration bench-explanations bench-missing bench-images gallery drill-kill clean
+.PHONY: help demo test coverage test-slow check lint types imports format ui bench-floor bench-throughput bench-gpu bench-jobs bench-tables bench-adbench bench-ablation bench-contextual bench-calibration bench-explanations bench-missing bench-images gallery drill-kill clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -90,6 +90,8 @@ bench-missing: $(VENV)/.installed  ## Measure detection with missing cells on th
 
 bench-contextual: $(VENV)/.installed  ## Measure detection given a condition on tables and images in DATA=FOLDER (hours); adds it to docs/benchmarks/quality.md; OPTIONS="--parts ce"
 	$(BIN)/python pipelines/benchmarks/contextual.py $(DATA) $(OPTIONS)
+bench-ablation: $(VENV)/.installed-bench  ## Change one thing of the fast preset at a time on the npz files of DATA=FOLDER; writes docs/benchmarks/quality.md
+	$(BIN)/python pipelines/benchmarks/ablation.py $(DATA) $(OPTIONS)
 
 PRESET ?= fast
 bench-images: $(VENV)/.installed  ## Run the studies on images in DATA=FOLDER, PRESET=fast (an hour) or best; writes docs/benchmarks/images.md

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,7 @@ from anomaly_cvae.schema import (
     observed_classes,
 )
 from anomaly_cvae.scoring import Precision, resolve_device
-from anomaly_cvae.training import Training, TrainingSettings
+from anomaly_cvae.training import PerMember, Training, TrainingSettings
 
 FLAGGED = -np.finfo(np.float64).tiny
 """Largest decision of a row that policy, not its score, makes an anomaly."""
@@ -101,9 +102,10 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     objective : "elbo"; "iwae" (``train_samples`` importance samples); "semi_supervised" (rows may lack their
         condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
-    kl_weight : weight of the KL in training; scores always use 1
+    kl_weight : weight of the KL in training and in the choice of the best weights; scores always use 1
     free_bits : nats of KL per latent unit that cost nothing in training
-    input_noise : standard deviation of training noise on real columns, in units of the column's own
+    input_noise : standard deviation of training noise on real columns, in units of the column's own, or several,
+        dealt to the networks in turn
     mask_rate : share of training rows with a random part of their cells hidden
     mask_shapes : what of an image is hidden: "quadrants", scattered "cells", or "mixed" (boxes, too)
     scale_floor : least standard deviation of a normal or Student-t head, in units of the column's own
@@ -157,7 +159,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         train_samples: int = 1,
         kl_weight: float = 1.0,
         free_bits: float = 0.0,
-        input_noise: float = 0.1,
+        input_noise: float | Sequence[float] = 0.1,
         mask_rate: float = 0.2,
         mask_shapes: str = "mixed",
         scale_floor: float = 0.08,
@@ -432,7 +434,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             learning_rate=self.learning_rate,
             objective=objective(self.objective, self.train_samples, self.free_bits),
             kl_weight=self.kl_weight,
-            input_noise=self.input_noise,
+            input_noise=self._per_member(self.input_noise),
             mask_rate=self.mask_rate,
             mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
             patience=self.patience,
@@ -460,6 +462,12 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             with_parts=self.score_kind == "parts",
             precision="bfloat16" if self.mixed_precision is True else "float32",
         )
+
+    def _per_member(self, value: float | Sequence[float]) -> PerMember:
+        """Several numbers are dealt anew to the networks of every class."""
+        if isinstance(value, Sequence):
+            return tuple(islice(cycle(map(float, value)), self.n_estimators))
+        return float(value)
 
     def _history(self, training: Training) -> pd.DataFrame:
         lines = [

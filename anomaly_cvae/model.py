@@ -319,8 +319,8 @@ class CVAE(nn.Module):
         blocks = zip(self._heads(), self._parameters_by_head(parameters), strict=True)
         return torch.cat([head.sample(block, generator) for head, block in blocks], dim=-1)
 
-    def jitter(self, batch: Batch, scale: float, generator: torch.Generator) -> Batch:
-        """The batch with training noise on its real columns, in input and target alike."""
+    def jitter(self, batch: Batch, scale: float | Tensor, generator: torch.Generator) -> Batch:
+        """The batch with training noise of ``scale`` (or (M, 1, 1)) on its real columns, in input and target alike."""
         blocks = zip(self._heads(), self._columns_by_head(batch.values), strict=True)
         values = torch.cat([head.jitter(block, scale, generator) for head, block in blocks], dim=-1)
         return replace(batch, values=values)

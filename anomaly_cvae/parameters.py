@@ -43,12 +43,21 @@ def _number(low: float, high: float, *, open_low: bool = False, open_high: bool 
     return accepts
 
 
+def _one_or_several(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def accept(value: Any) -> bool:
+        if isinstance(value, (tuple, list)):
+            return len(value) > 0 and all(map(accepts, value))
+        return accepts(value)
+
+    return accept
+
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
     "free_bits": (_number(0, np.inf, open_high=True), "a number of nats from 0 up"),
     "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
-    "input_noise": (_number(0, np.inf, open_high=True), "a number from 0 up"),
+    "input_noise": (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
     "mask_rate": (_number(0, 1), "a number in [0, 1]"),
     "scale_floor": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
     "learning_rate": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -36,15 +37,18 @@ NOT_COMPARED = ("objective", "checkpoint")
 BLIND_SHARE = 0.1
 """Rows that are shown nothing of themselves where an observed part is the condition."""
 
+PerMember = float | tuple[float, ...]
+"""One number for all members, or several that are dealt to them in turn."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a bank is trained.
 
-    ``patience`` counts epochs without a better held-out negative ELBO; ``clip_norm`` bounds each member's
-    gradient; ``mask_rate`` is the share of rows that have a random part of their cells hidden, of images in
-    ``mask_shapes``; ``mixed_precision`` takes products and convolutions in bfloat16. ``checkpoint`` is a file
-    to continue from, and to note progress in.
+    ``patience`` counts epochs without a better held-out negative ELBO, at the ``kl_weight`` that training ends
+    with; ``clip_norm`` bounds each member's gradient; ``mask_rate`` is the share of rows that have a random part
+    of their cells hidden, of images in ``mask_shapes``; ``mixed_precision`` takes products and convolutions in
+    bfloat16. ``checkpoint`` is a file to continue from, and to note progress in.
     """
 
     max_steps: int
@@ -52,7 +56,7 @@ class TrainingSettings:
     learning_rate: float
     objective: Objective = field(default_factory=BoundObjective)
     kl_weight: float = 1.0
-    input_noise: float = 0.0
+    input_noise: PerMember = 0.0
     mask_rate: float = 0.0
     mask_shapes: MaskShapes = "mixed"
     patience: int = 10
@@ -158,6 +162,8 @@ class _Loop:
         )
         self.precision = torch.autocast(device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device))
         members = len(training_rows)
+        self.input_noise = dealt(settings.input_noise, members, rows.values)
+        self.has_noise = bool(self.input_noise.any())
         self.best_loss = torch.full((members,), torch.inf, dtype=torch.float64, device=device)
         self.best = [p.detach().clone() for p in self.parameters]
         self.stale = torch.zeros(members, dtype=torch.long, device=device)
@@ -223,8 +229,8 @@ class _Loop:
 
     def augment(self, batch: Batch) -> Batch:
         """Add training noise, and hide a random part of some rows."""
-        if self.settings.input_noise > 0.0 and self.settings.objective.takes_noise:
-            batch = self.model.jitter(batch, self.settings.input_noise, self.generator)
+        if self.has_noise and self.settings.objective.takes_noise:
+            batch = self.model.jitter(batch, self.input_noise, self.generator)
         members, n_rows, n_cells = batch.values.shape
         lead, shapes, form = (members, n_rows), self.model.shapes, self.settings.mask_shapes
         if self.settings.mask_rate > 0.0:
@@ -300,7 +306,7 @@ class _Loop:
         for start in range(0, self.validation_table.shape[1], 500):
             chosen = self.validation_table[:, start : start + 500]
             batch = self.with_given(self.rows.batch(chosen), masks)
-            losses.append(self.settings.objective.held_out(self.model, batch, noise))
+            losses.append(self.settings.objective.held_out(self.model, batch, noise, self.settings.kl_weight))
         ranked = torch.cat(losses, dim=1)
         place = torch.arange(ranked.shape[1], device=ranked.device)
         ranked = torch.where(place < self.validation_counts.unsqueeze(1), ranked, torch.inf).sort(dim=1).values
@@ -395,6 +401,12 @@ class _Loop:
             f"training met a value that is not finite at step {step} in {where}; lower learning_rate "
             f"(now {self.settings.learning_rate:g}), or look at that column's scale and outliers"
         )
+
+
+def dealt(numbers: PerMember, members: int, like: Tensor) -> Tensor:
+    """The number of each member, (M, 1, 1), in the type and on the device of ``like``."""
+    several = numbers if isinstance(numbers, tuple) else (numbers,)
+    return torch.tensor(list(islice(cycle(several), members)), dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
 
 
 def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:

@@ -478,3 +478,23 @@ def clone_of(detector: CVAEDetector) -> CVAEDetector:
     other = clone(detector)
     other.__dict__.update({name: value for name, value in vars(detector).items() if name not in other.get_params()})
     return other
+
+
+def test_noise_is_dealt_to_the_networks_of_every_class_alike(table):
+    few = {**TINY, "condition_columns": ["type"], "ignore_columns": ["serial"], "conditioning": "per_class"}
+    alike = CVAEDetector(**few, input_noise=0.3).fit(table).negative_elbo(table)
+    first_of_two = CVAEDetector(**few, input_noise=(0.3, 0.0)).fit(table).negative_elbo(table)
+    np.testing.assert_array_equal(first_of_two, alike)
+    other = CVAEDetector(**few, input_noise=(0.0, 0.3)).fit(table).negative_elbo(table)
+    assert (other != alike).all()
+
+
+def test_members_that_differ_are_saved_and_scored_by_the_mean_of_their_nats(table, tmp_path):
+    differ = {**TINY, "n_estimators": 2, "ignore_columns": ["serial", "type"], "input_noise": (0.1, 0.0)}
+    fitted = CVAEDetector(**differ).fit(table)
+    scores = fitted.negative_elbo(table)
+    np.testing.assert_allclose(fitted.explain(table).sum(axis=1), scores, rtol=1e-6)
+    loaded = CVAEDetector.load(fitted.save(tmp_path / "model"))
+    np.testing.assert_array_equal(loaded.negative_elbo(table), scores)
+    assert loaded.get_params()["input_noise"] == (0.1, 0.0)
+    np.testing.assert_array_equal(clone(loaded).fit(table).negative_elbo(table), scores)

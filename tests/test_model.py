@@ -636,5 +636,9 @@ def test_training_noise_is_on_real_columns_only() -> None:
     assert not changed[:, ~real].any()
     assert torch.equal(moved.observed, batch.observed)
     assert torch.equal(moved.condition, batch.condition)
+    scale = torch.tensor([0.0, 0.2]).reshape(2, 1, 1)
+    own = bank().jitter(mixed_batch(2), scale, torch.Generator().manual_seed(0)).values != mixed_batch(2).values
+    assert not own[0].any()
+    assert own[1][:, real].all()
     scaled = replace(batch, log_scale=torch.ones_like(batch.values))
     assert torch.equal(bank().jitter(scaled, 0.2, torch.Generator().manual_seed(0)).log_scale, scaled.log_scale)

@@ -403,7 +403,8 @@ def test_epochs_report_the_schedule() -> None:
         assert math.isfinite(epoch.train_negative_elbo)
 
 
-def test_losses_are_nats_per_row_and_only_the_training_loss_is_tempered() -> None:
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_losses_are_nats_per_row_with_the_kl_weighted_as_at_the_end_of_training(weight: float) -> None:
     # Every row is the same, the decoder ignores z and nothing moves: all steps and epochs have one loss.
     data = replace(rows(), values=rows().values[:1].expand(240, -1))
     model = bank(hidden_dims=())
@@ -413,10 +414,29 @@ def test_losses_are_nats_per_row_and_only_the_training_loss_is_tempered() -> Non
         terms = model.terms(data.batch(TRAINING[None, :1]), NOISE.double())
     reconstruction, kl = float(-terms.log_prob[0, 0].sum()), float(terms.kl.sum())
     assert kl > 0.1
-    settings = replace(SETTINGS, learning_rate=0.0, kl_weight=0.0, patience=100)
-    for epoch in run(model, data, settings).epochs:
-        assert epoch.train_negative_elbo == pytest.approx(reconstruction, rel=1e-9)
-        assert epoch.validation_negative_elbo == pytest.approx(reconstruction + kl, rel=1e-9)
+    settings = replace(SETTINGS, learning_rate=0.0, kl_weight=weight, patience=100)
+    epochs = run(model, data, settings).epochs
+    for epoch in epochs:
+        assert epoch.validation_negative_elbo == pytest.approx(reconstruction + weight * kl, rel=1e-9)
+    assert epochs[-1].train_negative_elbo == pytest.approx(reconstruction + weight * kl, rel=1e-9)
+
+
+def test_the_best_weights_are_the_best_by_the_kl_weight_that_training_has() -> None:
+    # Early weights have the least KL: by a weight of 1 they would be the best of a training that has 0.
+    data, model = rows(), bank()
+    steps = replace(SETTINGS, max_steps=400, kl_weight=0.0, patience=100)
+    training = run(model, data, steps)
+    assert training.epochs[-1].validation_negative_elbo < training.epochs[0].validation_negative_elbo - 1.0
+    with torch.no_grad():
+        kept = -model.terms(data.batch(VALIDATION[None]), NOISE.double()).log_prob.sum(-1).mean()
+    assert float(kept) < training.epochs[0].validation_negative_elbo - 0.5
+
+
+def test_members_have_noise_of_their_own_and_in_turn() -> None:
+    data, model = rows(), bank(4)
+    run(model, data, replace(SETTINGS, max_steps=300, input_noise=(0.0, 1.0)))
+    loss = held_out_loss(model, data)
+    assert loss[1::2].min() > loss[::2].max() + 0.3
 
 
 @pytest.mark.parametrize("n_rows", [1, 100, 10_000, 10**7])

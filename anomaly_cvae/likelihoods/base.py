@@ -52,8 +52,8 @@ class Likelihood(nn.Module):
         """One draw of each cell, shape (…, D)."""
         raise NotImplementedError
 
-    def jitter(self, values: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-        """Training noise of ``scale`` standard deviations; levels and counts are left as they are."""
+    def jitter(self, values: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+        """Training noise of ``scale`` standard deviations, or each member's (M, 1, 1); not on levels and counts."""
         return values
 
 

@@ -33,10 +33,9 @@ class Standardised(Likelihood):
         """exp(raw) above the floor; in units of the column's variance."""
         return torch.exp(raw.clamp(max=LARGEST_LOG_VARIANCE)) + self.variance_floor
 
-    def jitter(self, values: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-        """Add normal noise of ``scale`` standard deviations of the column."""
-        noise = torch.empty_like(values).normal_(0.0, scale, generator=generator)
-        return values + noise
+    def jitter(self, values: Tensor, scale: float | Tensor, generator: torch.Generator) -> Tensor:
+        """Add normal noise of ``scale`` standard deviations of the column, or each member's (M, 1, 1)."""
+        return values + scale * torch.empty_like(values).normal_(generator=generator)
 
 
 @register

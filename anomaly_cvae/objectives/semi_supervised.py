@@ -33,9 +33,9 @@ class SemiSupervised(Objective):
         rows, log_prob = self._rows(model, batch, noise, kl_weight)
         return Loss(rows + self.classification_weight * inference_loss(model, batch), log_prob)
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor) -> Tensor:
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
         """The same without the classification of labelled rows."""
-        return self._rows(model, batch, noise, 1.0)[0]
+        return self._rows(model, batch, noise, kl_weight)[0]
 
     def _rows(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
         assert batch.class_index is not None

@@ -59,9 +59,12 @@ class Objective:
         """The loss whose gradient the loop follows."""
         raise NotImplementedError
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor) -> Tensor:
-        """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z), never tempered."""
-        return -elbo(model.terms(batch, noise))
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+        """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z).
+
+        ``kl_weight`` is what training ends with: the best weights by another one are early ones.
+        """
+        return -elbo(model.terms(batch, noise), kl_weight)
 
     def describe(self) -> dict[str, Any]:
         """What it is and how it is set, for telling one training from another."""
@@ -96,9 +99,9 @@ class BoundObjective(Objective):
             rows = rows + inference_loss(model, batch)
         return Loss(rows, terms.log_prob)
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor) -> Tensor:
-        """The negative ELBO, and the inference head's loss if there is one."""
-        rows = super().held_out(model, batch, noise)
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+        """The weighted negative ELBO, and the inference head's loss if there is one."""
+        rows = super().held_out(model, batch, noise, kl_weight)
         return rows if model.inference_head is None else rows + inference_loss(model, batch)
 
     def describe(self) -> dict[str, Any]:

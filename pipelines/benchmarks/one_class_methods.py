@@ -40,6 +40,18 @@ OURS: dict[str, dict[str, Any]] = {
     "CVAE best": {**presets.BEST, **ALL_ROWS},
 }
 """Presets, and the fast one otherwise."""
+ABLATION: dict[str, dict[str, Any]] = {
+    "prior N(0, I)": {"prior": "standard"},
+    "no hidden cells": {"mask_rate": 0.0},
+    "no noise": {"input_noise": 0.0},
+    "noise .05": {"input_noise": 0.05},
+    "noise .02": {"input_noise": 0.02},
+    "KL weight .1": {"kl_weight": 0.1},
+    "three networks": {"n_estimators": 3},
+    "three networks, noise .1, .05, .02": {"n_estimators": 3, "input_noise": (0.1, 0.05, 0.02)},
+}
+"""What is changed of the fast one, one at a time."""
+OURS |= {f"CVAE fast, {name}": {**presets.FAST, **ALL_ROWS, **changes} for name, changes in ABLATION.items()}
 
 
 def cvae(parameters: dict[str, Any], train: Rows, test: Rows, seed: int) -> Rows:
