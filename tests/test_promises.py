@@ -145,7 +145,7 @@ def test_missing_cells_cost_as_measured(folder: Path, tmp_path: Path) -> None:
     assert wide.shape == (3 + 3 * 4, 4)
     assert wide.loc["CVAE, calibrated_score", 0.0] > 0.99
     # Two columns that are left say what the third should be; a mean says nothing.
-    assert wide.loc["CVAE, calibrated_score", 0.3] > wide.loc["mean imputation, kNN", 0.3]
+    assert wide.loc["CVAE, negative ELBO", 0.3] > wide.loc["mean imputation, kNN", 0.3]
     assert (wide[0.0] > wide[0.5]).all()
     whole = wide[0.0][[name for name in wide.index if name.endswith(", GMM")]]
     assert whole.nunique() == 1  # nothing to impute
