@@ -157,7 +157,8 @@ class _Loop:
         held_out = [chosen[:MAX_VALIDATION_ROWS] for chosen in validation_rows]
         self.validation_table, self.validation_counts = _pad(held_out, device)
         # At least two batches a pass: a batch of all rows costs twice as much and learns no better.
-        self.batch_size = min(settings.batch_size, math.ceil(int(self.counts.max()) / 2))
+        self.longest = max(map(len, training_rows))
+        self.batch_size = min(settings.batch_size, math.ceil(self.longest / 2))
         self.parameters = list(model.parameters())
         recorder = recorder_of(device)
         self.runs_ahead = recorder is not None
@@ -174,7 +175,7 @@ class _Loop:
             fused=device.type in ("cpu", "cuda"),
             capturable=steps_are_alike,
         )
-        self.losses = Losses(0)
+        self.losses = self.losses_from(0)
         self.take_step = Captured(
             self.step, recorder if settings.capture and steps_are_alike else None, name="training",
             generators=[generator],
@@ -192,12 +193,9 @@ class _Loop:
         settings.objective.start(model, self.draws, settings.learning_rate)
 
     def run(self, on_epoch: Callable[[Epoch], bool] | None) -> str:
-        interval = epoch_length(int(self.counts.max()), self.batch_size, self.settings.max_steps)
+        interval = epoch_length(self.longest, self.batch_size, self.settings.max_steps)
         first = self.resume()
-        if self.runs_ahead:
-            self.losses = LossesOnDevice(first, len(self.counts), self.rows.values.shape[1], self.rows.values.device)
-        else:
-            self.losses = Losses(first)
+        self.losses = self.losses_from(first)
         if first == 0:
             self.evaluate(0, math.nan)
         if self.is_stale():
@@ -214,6 +212,12 @@ class _Loop:
             if self.is_stale():
                 return "early stopping"
         return "max_steps"
+
+    def losses_from(self, first: int) -> Losses:
+        """What sums the losses of the steps from ``first`` on."""
+        if not self.runs_ahead:
+            return Losses(first)
+        return LossesOnDevice(first, len(self.counts), self.rows.values.shape[1], self.rows.values.device)
 
     def is_stale(self) -> bool:
         """Whether no member has improved for as long as patience lasts."""
@@ -443,7 +447,7 @@ def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:
 def _pad(chosen: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row numbers of unequal length as (M, longest) and their counts (M,)."""
     counts = torch.tensor([len(rows) for rows in chosen], device=device)
-    table = torch.zeros(len(chosen), int(counts.max()), dtype=torch.long, device=device)
+    table = torch.zeros(len(chosen), max(map(len, chosen)), dtype=torch.long, device=device)
     for member, rows in enumerate(chosen):
         table[member, : len(rows)] = rows
     return table, counts
