@@ -55,10 +55,14 @@ def _quadrants(draws: Uniform, lead: tuple[int, int], height: int, width: int) -
     order = draws.uniform(*lead, 4).argsort(dim=-1).argsort(dim=-1)
     many = draws.uniform(*lead, 1)
     chosen = (order < 1 + (3 * many).long()).to(many.dtype).reshape(*lead, 2, 2)
-    tall = [height - height // 2, height // 2]
-    wide = [width - width // 2, width // 2]
-    rows = torch.repeat_interleave(chosen, torch.tensor(tall, device=chosen.device), dim=2)
-    return torch.repeat_interleave(rows, torch.tensor(wide, device=chosen.device), dim=3)
+    return _doubled(_doubled(chosen, 2, height), 3, width)
+
+
+def _doubled(halves: Tensor, axis: int, size: int) -> Tensor:
+    """Two halves along an axis, the first the longer one where ``size`` is odd, as that many cells."""
+    # `repeat_interleave` with lengths would look at them, which captured work must not.
+    place = torch.arange(size, device=halves.device)
+    return halves.index_select(axis, (place >= size - size // 2).long())
 
 
 def _box(draws: Uniform, lead: tuple[int, int], height: int, width: int) -> Tensor:

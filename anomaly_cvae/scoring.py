@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -16,19 +16,27 @@ from torch import Tensor
 from anomaly_cvae.encoding import LARGEST_VALUE, ClassScaling, Encoded
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray, IntArray
+from anomaly_cvae.lanes import Ring, lanes_of
 from anomaly_cvae.model import CVAE, Seen, Terms
-from anomaly_cvae.networks import has_bfloat16
+from anomaly_cvae.networks import full_float32, has_bfloat16
 from anomaly_cvae.objectives import accumulator, elbo
 from anomaly_cvae.onnx_scoring import ClassInputs, OnnxBank, in_threads
-from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Prior
+from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Mixture, Prior
+from anomaly_cvae.replays import Replays
 from anomaly_cvae.rows import Batch, tensor
 
 # Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
-CHUNK_NUMBERS = {"cpu": 1 << 19, "cuda": 1 << 26, "mps": 1 << 24}
+CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
 IMAGE_FACTOR = 8
+PADDED = ("cpu", "cuda")
+"""Devices on which every new shape costs: a kernel per layer that is kept, or a captured graph."""
 Precision = Literal["float32", "bfloat16"]
+Reduction = Callable[[Terms], tuple[Tensor, ...]]
+"""From terms to tensors whose first axis is that of the rows."""
 HALF_TOLERANCE = 5e-3
 """Relative and absolute, of scores whose inner products are in bfloat16."""
+ROWS = ("values", "observed", "given", "continuous")
+"""Parts of a piece's rows."""
 MOST_NARROW = np.iinfo(np.int16).max
 
 
@@ -91,6 +99,8 @@ class ScoringEngine:
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `HALF_TOLERANCE`
     graphs : what scores complete rows in the place of torch; None: torch does
+    overlap : whether rows are copied to the device while it computes, and chunks of one shape are captured where it
+        can; None: on CUDA. Scores are the same
     """
 
     model: CVAE
@@ -104,6 +114,8 @@ class ScoringEngine:
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
     graphs: OnnxBank | None = field(default=None, compare=False)
+    overlap: bool | None = None
+    replays: Replays = field(default_factory=Replays, init=False, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -125,11 +137,7 @@ class ScoringEngine:
         if self.graphs is not None and encoded.given is None and bool(encoded.observed.all()):
             return self._by_graphs(self.graphs, encoded)
         scores = np.zeros(len(encoded))
-
-        def of_chunk(chunk: Chunk) -> None:
-            scores[chunk.places] = _numpy((-elbo(self._terms(chunk))).mean(0))
-
-        self._each(of_chunk, encoded, padded=True)
+        self._reduce(encoded, _negative_elbo, (scores,))
         return np.where(encoded.scored.any(axis=1), scores, 0.0)
 
     @property
@@ -177,7 +185,7 @@ class ScoringEngine:
             center, scale = self.scaling.center[k], self.scaling.scale[k]
         prior = None
         if self.aggregate is not None:
-            prior = self.aggregate.select(self.members_of(k), 0 if self.members_per_class is not None else k)
+            prior = self.aggregate.select(self.members_of(k), self._group(k))
         return ClassInputs(center, scale, self.condition(k, np.zeros((1, 0))), prior)
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
@@ -191,14 +199,7 @@ class ScoringEngine:
     def column_scores(self, encoded: Encoded) -> ColumnScores:
         """The exact decomposition of `negative_elbo`."""
         columns, kl = np.zeros(encoded.values.shape), np.zeros(len(encoded))
-
-        def of_chunk(chunk: Chunk) -> None:
-            terms = self._terms(chunk)
-            wide = accumulator(terms.log_prob)
-            columns[chunk.places] = _numpy(-terms.log_prob.mean(dim=(0, 1), dtype=wide))
-            kl[chunk.places] = _numpy(terms.kl.sum(-1, dtype=wide).mean(0))
-
-        self._each(of_chunk, encoded, padded=True)
+        self._reduce(encoded, _columns_and_kl, (columns, kl))
         empty = ~encoded.scored.any(axis=1)
         return ColumnScores(columns, np.where(empty, 0.0, kl))
 
@@ -349,7 +350,7 @@ class ScoringEngine:
         start = self.members_of(k).start
         members, blocks = slice(start, start + 1), []
         size = max(1, self._numbers_at_a_time() // self.model.widest)
-        with self._inference():
+        with self.inference():
             for first in range(0, len(z), size):
                 own, also = z[first : first + size], continuous[first : first + size]
                 points = tensor(own, self.device, self.noise.dtype).reshape(1, 1, len(own), -1)
@@ -385,7 +386,7 @@ class ScoringEngine:
 
     def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
         """q(z | x, c) chunk by chunk, for fitting the aggregate posterior."""
-        with self._inference():
+        with self.inference():
             for chunk in self._chunks(encoded):
                 yield chunk, self.model.encode(chunk.batch, chunk.members)
 
@@ -419,31 +420,79 @@ class ScoringEngine:
         return np.concatenate([_numpy(self.class_table)[encoded.class_index], encoded.continuous], axis=1)
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
+    def inference(self) -> Iterator[None]:
+        """Without gradients, and with products of the engine's precision."""
         halves = self.precision == "bfloat16" and has_bfloat16(self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, halves):
+        kind = self.device.type
+        # A weight that autocast keeps in bfloat16 is gone with its context; a captured graph would still read it there.
+        halved = torch.autocast(kind, torch.bfloat16, halves, cache_enabled=kind != "cuda")
+        with torch.inference_mode(), halved, full_float32(self.device):
             yield
+
+    def _reduce(self, encoded: Encoded, reduction: Reduction, into: Sequence[FloatArray]) -> None:
+        """Put what terms are reduced to in the rows' places of the arrays ``into``."""
+        overlap = self.device.type == "cuda" if self.overlap is None else self.overlap
+        if overlap:
+            return self._overlapped(encoded, reduction, into)
+
+        def of_chunk(chunk: Chunk) -> None:
+            for array, found in zip(into, reduction(self._terms(chunk)), strict=True):
+                array[chunk.places] = _numpy(found)
+
+        self._each(of_chunk, encoded, padded=True)
+
+    def _overlapped(self, encoded: Encoded, reduction: Reduction, into: Sequence[FloatArray]) -> None:
+        """The same, with rows on their way to the device and results on their way back while it computes."""
+        shared = _Latest(self._of_class)
+        with self.replays.lock, self.inference(), Ring(lanes_of(self.device), self.noise.dtype) as ring:
+
+            def of_piece(piece: Piece) -> None:
+                places, parts = piece.places, shared.get(piece.k)
+                key = (reduction, len(places), piece.members.start, piece.members.stop, _shapes(parts))
+
+                def work(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+                    batch, prior = self._batch(inputs), _mixture(inputs)
+                    return reduction(self.model.terms(batch, self.noise, members=piece.members, prior=prior))
+
+                def on_device(rows: Mapping[str, Tensor]) -> Sequence[Tensor]:
+                    return self.replays.run((*key, *rows), work, rows, parts, shared.version)
+
+                def take(found: Sequence[Tensor]) -> None:
+                    for array, part in zip(into, found, strict=True):
+                        array[places] = part.numpy()
+
+                shapes = [(len(places), *array.shape[1:]) for array in into]
+                ring.put(self._rows(encoded, piece), on_device, shapes, take)
+
+            def recover() -> None:
+                ring.drain()
+                self.replays.drop()
+
+            for piece in self._pieces(encoded, padded=True):
+                self._attempt(of_piece, piece, recover)
 
     def _each(
         self, work: Callable[[Chunk], None], encoded: Encoded, *, padded: bool = False, n_samples: int | None = None
     ) -> None:
         """Do the work on every chunk; of one that memory does not hold, on its halves, and later ones are smaller."""
-        with self._inference():
+        with self.inference():
             for piece in self._pieces(encoded, padded, n_samples):
-                self._attempt(work, encoded, piece)
+                self._attempt(lambda some: work(self._chunk(encoded, some)), piece)
 
-    def _attempt(self, work: Callable[[Chunk], None], encoded: Encoded, piece: Piece) -> None:
+    def _attempt(self, work: Callable[[Piece], None], piece: Piece, recover: Callable[[], None] = lambda: None) -> None:
+        """Do the work on the piece or, once ``recover`` has given back memory, on its halves."""
         try:
-            return work(self._chunk(encoded, piece))
+            return work(piece)
         except torch.OutOfMemoryError:
             if len(piece.places) == 1:
                 raise
         # Outside of the handler: the error would hold on to what did not fit.
+        recover()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.limit.numbers = max(1, self._numbers_at_a_time() // 2)
         for half in np.array_split(piece.places, 2):
-            self._attempt(work, encoded, replace(piece, places=half))
+            self._attempt(work, replace(piece, places=half), recover)
 
     def _chunks(self, encoded: Encoded) -> Iterator[Chunk]:
         for piece in self._pieces(encoded):
@@ -452,7 +501,7 @@ class ScoringEngine:
     def _pieces(self, encoded: Encoded, padded: bool = False, n_samples: int | None = None) -> Iterator[Piece]:
         """Rows class by class; ``padded`` repeats the last row of a short piece, so that few shapes occur.
 
-        On a CPU every new shape costs each layer a kernel of its own, about 0.4 MB that is kept.
+        On a CPU every new shape costs each layer a kernel of its own, about 0.4 MB that is kept; on CUDA, a graph.
         """
         # Radix sort, which numpy has for 16 bits, takes a tenth of the time.
         narrow = encoded.class_index.astype(np.int16) if self.n_classes <= MOST_NARROW else encoded.class_index
@@ -467,26 +516,61 @@ class ScoringEngine:
                 size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
                 places = order[first : min(first + size, stop)]
                 first += size
-                if padded and len(places) < size and self.device.type == "cpu":
+                if padded and len(places) < size and self.device.type in PADDED:
                     extra = _padded_length(len(places), size) - len(places)
                     places = np.concatenate([places, np.full(extra, places[-1])])
                 yield Piece(places, k, members, complete)
 
     def _chunk(self, encoded: Encoded, piece: Piece) -> Chunk:
-        places, k, dtype, log_scale = piece.places, piece.k, self.noise.dtype, None
-        values = torch.from_numpy(encoded.values.take(places, axis=0))
+        rows = {name: part.to(self.device, self.noise.dtype) for name, part in self._rows(encoded, piece).items()}
+        batch = self._batch({**rows, **self._fixed(piece.k)})
+        return Chunk(piece.places, piece.k, piece.members, self._group(piece.k), batch)
+
+    def _rows(self, encoded: Encoded, piece: Piece) -> dict[str, Tensor]:
+        """What the rows of a piece are, on the host, (N, …) each; values in units of their class."""
+        places, values = piece.places, torch.from_numpy(encoded.values.take(piece.places, axis=0))
         if self.scaling is not None:
-            center, scale = (torch.from_numpy(part[k]) for part in (self.scaling.center, self.scaling.scale))
+            center, scale = (torch.from_numpy(part[piece.k]) for part in (self.scaling.center, self.scaling.scale))
             values.sub_(center).div_(scale).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
-            log_scale = torch.log(scale).to(self.device, dtype).reshape(1, 1, -1)
-        batch = Batch(
-            values=values.to(self.device, dtype).unsqueeze(0),
-            observed=None if piece.complete else tensor(encoded.observed[places], self.device, dtype).unsqueeze(0),
-            condition=self.condition(k, encoded.continuous[places]),
-            log_scale=log_scale,
-            given=None if encoded.given is None else tensor(encoded.given[places], self.device, dtype).unsqueeze(0),
-        )
-        return Chunk(places, k, piece.members, 0 if self.members_per_class is not None else k, batch)
+        rows = {"values": values}
+        if not piece.complete:
+            rows["observed"] = torch.from_numpy(encoded.observed[places])
+        if encoded.given is not None:
+            rows["given"] = torch.from_numpy(encoded.given[places])
+        if self.class_table is not None and encoded.continuous.shape[1]:
+            rows["continuous"] = torch.from_numpy(encoded.continuous[places])
+        return rows
+
+    def _fixed(self, k: int) -> dict[str, Tensor]:
+        """What batches of class ``k`` share, on the device: its condition vector and the logarithm of its scale."""
+        fixed = {}
+        if self.class_table is not None:
+            fixed["condition"] = self.class_table[k].reshape(1, 1, -1)
+        if self.scaling is not None:
+            log_scale = torch.log(torch.from_numpy(self.scaling.scale[k]))
+            fixed["log_scale"] = log_scale.to(self.device, self.noise.dtype).reshape(1, 1, -1)
+        return fixed
+
+    def _of_class(self, k: int) -> dict[str, Tensor]:
+        """The same and the class's mixture prior, if there is one."""
+        if self.aggregate is None:
+            return self._fixed(k)
+        mixture = self.aggregate.select(self.members_of(k), self._group(k))
+        return {**self._fixed(k), **{part.name: getattr(mixture, part.name) for part in fields(Mixture)}}
+
+    def _batch(self, inputs: Mapping[str, Tensor]) -> Batch:
+        """The batch of rows (N, …) and what they share."""
+        dtype, condition = self.noise.dtype, inputs.get("condition")
+        rows = {name: inputs[name].to(dtype).unsqueeze(0) for name in ROWS if name in inputs}
+        continuous = rows.pop("continuous", None)
+        if condition is not None and continuous is not None:
+            condition = torch.cat([condition.expand(1, continuous.shape[1], -1), continuous], dim=-1)
+        values, observed, given = rows["values"], rows.get("observed"), rows.get("given")
+        return Batch(values, observed, condition, inputs.get("log_scale"), given)
+
+    def _group(self, k: int) -> int:
+        """Which mixture of its members is class ``k``'s."""
+        return 0 if self.members_per_class is not None else k
 
     def _chunk_size(self, members: slice, n_samples: int) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
@@ -509,6 +593,42 @@ class ScoringEngine:
         if seen is not None:
             return seen.prior
         return self._aggregate(chunk) or self.model.prior(chunk.batch.condition, chunk.members, chunk.batch.class_index)
+
+
+class _Latest:
+    """What was made for the last class that was asked for, and a version that changes with it."""
+
+    def __init__(self, make: Callable[[int], dict[str, Tensor]]) -> None:
+        self._make, self._k = make, -1
+        self._parts: dict[str, Tensor] = {}
+        self.version = object()
+
+    def get(self, k: int) -> dict[str, Tensor]:
+        """The parts of class ``k``."""
+        if k != self._k:
+            self._parts, self._k, self.version = self._make(k), k, object()
+        return self._parts
+
+
+def _negative_elbo(terms: Terms) -> tuple[Tensor, ...]:
+    """Mean over members, (N,)."""
+    return ((-elbo(terms)).mean(0),)
+
+
+def _columns_and_kl(terms: Terms) -> tuple[Tensor, ...]:
+    """Nats per column (N, D) and of the KL (N,), means over members."""
+    wide = accumulator(terms.log_prob)
+    return -terms.log_prob.mean(dim=(0, 1), dtype=wide), terms.kl.sum(-1, dtype=wide).mean(0)
+
+
+def _mixture(inputs: Mapping[str, Tensor]) -> Mixture | None:
+    """The mixture among the inputs of a batch."""
+    parts = [inputs[part.name] for part in fields(Mixture) if part.name in inputs]
+    return Mixture(*parts) if parts else None
+
+
+def _shapes(parts: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(part.shape)) for name, part in parts.items())
 
 
 def _padded_length(n_rows: int, size: int) -> int:

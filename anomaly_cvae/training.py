@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from anomaly_cvae import checkpoints
+from anomaly_cvae.divergence import Losses, LossesOnDevice, NotFinite
 from anomaly_cvae.errors import BundleError, TrainingDivergedError
+from anomaly_cvae.graphs import Captured, recorder_of
 from anomaly_cvae.masks import MaskShapes, hidden_cells
 from anomaly_cvae.model import CVAE
-from anomaly_cvae.networks import has_bfloat16
-from anomaly_cvae.objectives import BoundObjective, Draws, Loss, Objective
+from anomaly_cvae.networks import full_float32, has_bfloat16
+from anomaly_cvae.objectives import BoundObjective, Draws, Objective, Weight
 from anomaly_cvae.rows import Batch, DeviceRows
 
 LEARNING_RATE_WARMUP = 0.05
@@ -32,8 +34,10 @@ VALIDATION_SAMPLES = 1
 """Samples of z per held-out row of images: decoding them is what a look costs."""
 CHECKPOINT_SECONDS = 60.0
 OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-NOT_COMPARED = ("objective", "checkpoint")
+NOT_COMPARED = ("objective", "checkpoint", "capture")
 """Settings that a continued training may have otherwise, or that are compared by their kind."""
+LOOK_EVERY = 50
+"""Steps of a device that the host runs ahead of, after which it looks whether a loss was not finite."""
 BLIND_SHARE = 0.1
 """Rows that are shown nothing of themselves where an observed part is the condition."""
 
@@ -49,6 +53,7 @@ class TrainingSettings:
     with; ``clip_norm`` bounds each member's gradient; ``mask_rate`` is the share of rows that have a random part
     of their cells hidden, of images in ``mask_shapes``; ``mixed_precision`` takes products and convolutions in
     bfloat16. ``checkpoint`` is a file to continue from, and to note progress in.
+    ``capture`` makes a step one CUDA graph, on CUDA and where the objective's steps are all alike.
     """
 
     max_steps: int
@@ -64,6 +69,7 @@ class TrainingSettings:
     clip_norm: float = 5.0
     mixed_precision: bool = False
     checkpoint: Path | None = None
+    capture: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,12 +127,16 @@ def train(
     loop = _Loop(model, rows, training_rows, validation_rows, settings, generator, validation_noise, describe)
     loop.refresh = refresh
     try:
-        stopped_by = loop.run(on_epoch)
+        with full_float32(rows.values.device):
+            stopped_by = loop.run(on_epoch)
     except KeyboardInterrupt:
         if not loop.epochs:
             raise  # before the first look at held-out rows there are no best weights to keep
         stopped_by = "interrupt"
+    except NotFinite as found:
+        raise loop.diverged(found) from None
     finally:
+        loop.take_step.release()
         loop.restore_best()
     return Training(loop.epochs, stopped_by)
 
@@ -151,15 +161,29 @@ class _Loop:
         held_out = [chosen[:MAX_VALIDATION_ROWS] for chosen in validation_rows]
         self.validation_table, self.validation_counts = _pad(held_out, device)
         # At least two batches a pass: a batch of all rows costs twice as much and learns no better.
-        self.batch_size = min(settings.batch_size, math.ceil(int(self.counts.max()) / 2))
+        self.longest = max(map(len, training_rows))
+        self.batch_size = min(settings.batch_size, math.ceil(self.longest / 2))
         self.parameters = list(model.parameters())
+        recorder = recorder_of(device)
+        self.runs_ahead = recorder is not None
+        steps_are_alike = self.runs_ahead and settings.objective.capturable
+        self.rate: Weight = settings.learning_rate
+        self.kl: Weight = settings.kl_weight
+        if steps_are_alike:
+            self.rate, self.kl = _dials(device)
         # The fused step exists for CPU and CUDA; one kernel for all parameters.
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=settings.learning_rate,
+            lr=self.rate,
             weight_decay=settings.weight_decay,
             fused=device.type in ("cpu", "cuda"),
+            capturable=steps_are_alike,
         )
+        self.losses = self.losses_from(0)
+        self.take_step = Captured(
+            self.step, recorder if settings.capture and steps_are_alike else None, name="training",
+            generators=[generator],
+        )  # fmt: skip
         self.precision = torch.autocast(device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device))
         members = len(training_rows)
         self.input_noise = dealt(settings.input_noise, members, rows.values)
@@ -175,21 +199,19 @@ class _Loop:
         settings.objective.start(model, self.draws, settings.learning_rate)
 
     def run(self, on_epoch: Callable[[Epoch], bool] | None) -> str:
-        interval = epoch_length(int(self.counts.max()), self.batch_size, self.settings.max_steps)
-        total = torch.zeros((), dtype=torch.float64)
+        interval = epoch_length(self.longest, self.batch_size, self.settings.max_steps)
         first = self.resume()
+        self.losses = self.losses_from(first)
         if first == 0:
             self.evaluate(0, math.nan)
         if self.is_stale():
             return "early stopping"
         for step in range(first, self.settings.max_steps):
-            if self.refresh is not None:
-                self.refresh(step)
-            total += self.step(step)
+            self.advance(step)
             if (step + 1) % interval and step + 1 < self.settings.max_steps:
                 continue
-            self.epochs.append(self.evaluate(step + 1, float(total) / ((step % interval) + 1)))
-            total.zero_()
+            self.losses.look()
+            self.epochs.append(self.evaluate(step + 1, self.losses.take_mean()))
             self.note(step + 1)
             if on_epoch is not None and on_epoch(self.epochs[-1]):
                 return "callback"
@@ -197,29 +219,41 @@ class _Loop:
                 return "early stopping"
         return "max_steps"
 
+    def losses_from(self, first: int) -> Losses:
+        """What sums the losses of the steps from ``first`` on."""
+        if not self.runs_ahead:
+            return Losses(first)
+        return LossesOnDevice(first, len(self.counts), self.rows.values.shape[1], self.rows.values.device)
+
     def is_stale(self) -> bool:
         """Whether no member has improved for as long as patience lasts."""
         return self.settings.objective.keeps_best and int(self.stale.min()) >= self.settings.patience
 
-    def step(self, step: int) -> float:
-        """One optimiser step of every member; returns the mean loss in nats per row."""
-        settings = self.settings
+    def advance(self, step: int) -> None:
+        """Everything that belongs to one step; the host does not wait for a device that it runs ahead of."""
+        if self.refresh is not None:
+            self.refresh(step)
+        self.rate, self.kl = _turn(self.rate, self.learning_rate(step)), _turn(self.kl, self.kl_weight(step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.take_step()
+        self.losses.count()
+        self.settings.objective.after(self.learning_rate(step))
+        if self.runs_ahead and (step + 1) % LOOK_EVERY == 0:
+            self.losses.look()
+
+    def step(self) -> None:
+        """One optimiser step of every member, at the rate and with the KL weight that are set."""
         batch = self.augment(self.rows.batch(self.draw()))
         with self.precision:
-            found = settings.objective.loss(self.model, batch, self.draws, self.kl_weight(step))
+            found = self.settings.objective.loss(self.model, batch, self.draws, self.kl)
         loss = found.rows.mean(-1)
-        mean_loss = float(loss.detach().mean())
-        if not math.isfinite(mean_loss):
-            self.raise_diverged(step, batch, found, loss)
+        self.losses.add(loss.detach(), batch, found)
         self.optimizer.zero_grad(set_to_none=True)
         # Members share no parameter, so the gradient of the sum is each member's own gradient.
         (loss.sum() / batch.values.shape[-1]).backward()  # type: ignore[no-untyped-call]  # torch has no types here
         self.clip_gradients()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
         self.optimizer.step()
-        settings.objective.after(self.learning_rate(step))
-        return mean_loss
 
     def draw(self) -> Tensor:
         """Row numbers (M, B), drawn with replacement from each member's own rows."""
@@ -267,7 +301,7 @@ class _Loop:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients])
         factor = (self.settings.clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-12)).clamp(max=1.0)
-        if bool((factor == 1.0).all()):
+        if not self.runs_ahead and bool((factor == 1.0).all()):
             return
         for gradient in gradients:
             gradient.mul_(factor.reshape(-1, *[1] * (gradient.dim() - 1)))
@@ -389,16 +423,11 @@ class _Loop:
         described = [self.model.describe(), settings, self.settings.objective.describe()]
         return json.dumps([*described, digest.hexdigest()])
 
-    def raise_diverged(self, step: int, batch: Batch, found: Loss, loss: Tensor) -> None:
-        member = int((~torch.isfinite(loss)).nonzero()[0])
-        # A cell that is not finite spoils z and so every column: look at the rows before the terms.
-        bad = (~torch.isfinite(batch.values[member])).any(dim=0)
-        if not bad.any() and found.log_prob is not None:
-            bad = (~torch.isfinite(found.log_prob[member])).any(dim=0).any(dim=0)
-        one_is_to_blame = bool(bad.any()) and (len(bad) == 1 or not bool(bad.all()))
-        where = self.describe(member, int(bad.nonzero()[0]) if one_is_to_blame else -1)
-        raise TrainingDivergedError(
-            f"training met a value that is not finite at step {step} in {where}; lower learning_rate "
+    def diverged(self, found: NotFinite) -> TrainingDivergedError:
+        """The error of a loss that is not finite, which names the column and the step."""
+        where = self.describe(*found.blame.culprit())
+        return TrainingDivergedError(
+            f"training met a value that is not finite at step {found.step} in {where}; lower learning_rate "
             f"(now {self.settings.learning_rate:g}), or look at that column's scale and outliers"
         )
 
@@ -409,6 +438,19 @@ def dealt(numbers: PerMember, members: int, like: Tensor) -> Tensor:
     return torch.tensor(list(islice(cycle(several), members)), dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
 
 
+def _dials(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Learning rate and KL weight as tensors () that steps read on the device."""
+    # The fused step on CUDA takes its rate in float32 alone.
+    single = device.type == "cuda"
+    rate = torch.zeros((), dtype=torch.float32 if single else torch.float64, device=device)
+    return rate, torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _turn(dial: Weight, value: float) -> Weight:
+    """The dial with a new value: a tensor in place."""
+    return dial.fill_(value) if isinstance(dial, Tensor) else value
+
+
 def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:
     """Steps between two looks at the held-out rows: one pass over the data, but at most 40 looks in all."""
     return min(max_steps, max(math.ceil(n_rows / batch_size), math.ceil(max_steps / MAX_EPOCHS)))
@@ -417,7 +459,7 @@ def epoch_length(n_rows: int, batch_size: int, max_steps: int) -> int:
 def _pad(chosen: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row numbers of unequal length as (M, longest) and their counts (M,)."""
     counts = torch.tensor([len(rows) for rows in chosen], device=device)
-    table = torch.zeros(len(chosen), int(counts.max()), dtype=torch.long, device=device)
+    table = torch.zeros(len(chosen), max(map(len, chosen)), dtype=torch.long, device=device)
     for member, rows in enumerate(chosen):
         table[member, : len(rows)] = rows
     return table, counts

@@ -16,7 +16,7 @@ from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError, ParameterError
 from anomaly_cvae.schema import Name, Schema
 
-CELLS_PER_BATCH = 1 << 19
+CELLS_PER_BATCH = 1 << 21
 LEAST_ROWS, MOST_ROWS = 1 << 10, 1 << 16
 LEAST_IMAGES = 1 << 7
 

@@ -61,12 +61,3 @@ def _of_member(
         direct = _LINEAR(x, skip[m].T, None, "none", [], "")
         out = _LINEAR.binary(hidden, direct, last, shift, "add")  # type: ignore[attr-defined]  # an overload of torch's
     return out
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are done by the hardware; made up by software they are slower than float32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # torch says so in no public way.
-    told = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and told is not None and bool(told())

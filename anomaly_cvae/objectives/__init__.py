@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.objectives.adversarial import Adversarial
-from anomaly_cvae.objectives.bounds import BOUNDS, Bound, accumulator, elbo, importance_weighted
+from anomaly_cvae.objectives.bounds import BOUNDS, Bound, Weight, accumulator, elbo, importance_weighted
 from anomaly_cvae.objectives.semi_supervised import SemiSupervised
 from anomaly_cvae.objectives.step import BoundObjective, Draws, Loss, Objective
 from anomaly_cvae.objectives.structured import Hybrid
@@ -22,6 +22,7 @@ __all__ = [
     "Loss",
     "Objective",
     "SemiSupervised",
+    "Weight",
     "accumulator",
     "elbo",
     "importance_weighted",

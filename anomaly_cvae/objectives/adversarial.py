@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import Blocks, CellEncoder, Cells
-from anomaly_cvae.objectives.bounds import with_free_bits
+from anomaly_cvae.objectives.bounds import Weight, with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, with_class
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch
@@ -132,7 +132,7 @@ class Adversarial(Objective):
             fresh = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
             self.optimizer.state[parameter] = dict(zip(OPTIMIZER_STATE, fresh, strict=True))
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
         """What encoder and decoder lower; the discriminator's own loss waits for `after`."""
         prior, posterior = model.prior(batch.condition, group=batch.class_index), model.encode(batch)
         z = posterior.sample(draws.latent(model, batch, 1))

@@ -11,22 +11,25 @@ from torch import Tensor
 
 from anomaly_cvae.model import Terms
 
+Weight = float | Tensor
+"""A number; where steps are captured, a tensor () that it is filled into before each."""
+
 
 class Bound(Protocol):
     """A bound on log p(x | c) per member and row, (M, N), nats."""
 
-    def __call__(self, terms: Terms, kl_weight: float = 1.0) -> Tensor:
+    def __call__(self, terms: Terms, kl_weight: Weight = 1.0) -> Tensor:
         """Reduce ``terms``."""
 
 
-def elbo(terms: Terms, kl_weight: float = 1.0) -> Tensor:
+def elbo(terms: Terms, kl_weight: Weight = 1.0) -> Tensor:
     """E_q log p(x | z, c) - kl_weight * KL(q || p), (M, N); Kingma and Welling (2014), equation 3."""
     wide = accumulator(terms.log_prob)
     reconstruction = terms.log_prob.sum(-1, dtype=wide).mean(1)
     return reconstruction - kl_weight * terms.kl.sum(-1, dtype=wide)
 
 
-def importance_weighted(terms: Terms, kl_weight: float = 1.0) -> Tensor:
+def importance_weighted(terms: Terms, kl_weight: Weight = 1.0) -> Tensor:
     """log mean_s p(x, z_s | c) / q(z_s | x, c), (M, N); Burda, Grosse and Salakhutdinov (2016), equation 8.
 
     ``kl_weight`` tempers log p(z | c) - log q(z | x, c) for the warm-up; at 1 this is the IWAE bound.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anomaly_cvae.model import CVAE
-from anomaly_cvae.objectives.bounds import elbo, with_free_bits
+from anomaly_cvae.objectives.bounds import Weight, elbo, with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, of_rows, with_class
 from anomaly_cvae.rows import Batch
 
@@ -27,7 +27,7 @@ class SemiSupervised(Objective):
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0, classification_weight: float = 10.0) -> None:
         self.n_samples, self.free_bits, self.classification_weight = n_samples, free_bits, classification_weight
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
         """The three parts together; kl_weight tempers the KL for the warm-up."""
         noise = draws.latent(model, batch, self.n_samples)
         rows, log_prob = self._rows(model, batch, noise, kl_weight)
@@ -37,7 +37,7 @@ class SemiSupervised(Objective):
         """The same without the classification of labelled rows."""
         return self._rows(model, batch, noise, kl_weight)[0]
 
-    def _rows(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    def _rows(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: Weight) -> tuple[Tensor, Tensor]:
         assert batch.class_index is not None
         index = batch.class_index.expand(batch.values.shape[:2])
         own, log_prob = self._nats(model, with_class(model, batch, index.clamp(min=0)), noise, kl_weight)
@@ -57,7 +57,7 @@ class SemiSupervised(Objective):
         without = index.gather(1, chosen) < 0
         return own.scatter(1, chosen, torch.where(without, unlabelled, own.gather(1, chosen))), log_prob
 
-    def _nats(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
+    def _nats(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: Weight) -> tuple[Tensor, Tensor]:
         terms = model.terms(batch, noise)
         return -elbo(with_free_bits(terms, self.free_bits), kl_weight), terms.log_prob
 

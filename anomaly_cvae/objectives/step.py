@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from anomaly_cvae.model import CVAE
-from anomaly_cvae.objectives.bounds import Bound, elbo, with_free_bits
+from anomaly_cvae.objectives.bounds import Bound, Weight, elbo, with_free_bits
 from anomaly_cvae.rows import Batch
 
 
@@ -50,12 +50,15 @@ class Objective:
 
     ``keeps_best`` says that weights are chosen by the held-out loss; else the last ones are kept.
     ``takes_noise`` says that training noise on the cells does no harm: a discriminator would see who has it.
+    ``capturable`` says that `loss` looks at no value and does the same at every step, and that there is nothing to do
+    after one: such a step can be a CUDA graph (`anomaly_cvae.graphs`). The KL weight is then a tensor ().
     """
 
     keeps_best: bool = True
     takes_noise: bool = True
+    capturable: bool = False
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
         """The loss whose gradient the loop follows."""
         raise NotImplementedError
 
@@ -88,10 +91,12 @@ class Objective:
 class BoundObjective(Objective):
     """Maximise a bound on log p(x | c): the ELBO or, with several samples, the IWAE bound."""
 
+    capturable = True
+
     def __init__(self, bound: Bound = elbo, n_samples: int = 1, free_bits: float = 0.0) -> None:
         self.bound, self.n_samples, self.free_bits = bound, n_samples, free_bits
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
         """Minus the bound, and what the inference head, if there is one, has yet to learn."""
         terms = model.terms(batch, draws.latent(model, batch, self.n_samples))
         rows = -self.bound(with_free_bits(terms, self.free_bits), kl_weight)

@@ -8,7 +8,7 @@ import torch
 
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import CVAE
-from anomaly_cvae.objectives.bounds import elbo, with_free_bits
+from anomaly_cvae.objectives.bounds import Weight, elbo, with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective
 from anomaly_cvae.rows import Batch
 
@@ -19,10 +19,12 @@ class Hybrid(Objective):
     At test time z comes from the prior network, which the ELBO alone never decodes from.
     """
 
+    capturable = True
+
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0, elbo_share: float = 0.5) -> None:
         self.n_samples, self.free_bits, self.elbo_share = n_samples, free_bits, elbo_share
 
-    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: float) -> Loss:
+    def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
         """Both parts from one look at the observed part."""
         seen = model.look(batch)
         if seen is None:

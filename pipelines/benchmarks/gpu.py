@@ -10,7 +10,8 @@ import argparse
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from torch import Tensor
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.objectives import elbo
+from anomaly_cvae.replays import Replays
 from anomaly_cvae.rows import Batch
 from anomaly_cvae.scoring import ScoringEngine
 
@@ -48,6 +50,7 @@ FIT_MEMBERS, FIT_STEPS, FIT_HIDDEN, FIT_BATCH, FIT_ROWS = 5, 2_000, 128, 256, 20
 MEMBERS = (1, 2, 4, 8, 16, 32)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """How far scores of the card may lie from the processor's, relative: sums of a card are in another order."""
+ON_THE_CARD = "the bank's terms, rows on the card"
 NO_DEVICE = "there is no CUDA device here: `make bench-gpu` measures nothing; the page is left as it is"
 
 
@@ -98,15 +101,21 @@ def plain(x: Tensor, class_index: Tensor) -> dict[str, Job]:
 
 
 def on_the_card(engine: ScoringEngine, x: Tensor) -> Callable[[], None]:
-    """The bank's own terms of scaled rows on the card, class by class; nothing is copied to or from the host."""
-    parts = torch.chunk(x, engine.n_classes)
+    """The bank's own terms of scaled rows on the card, class by class, captured; nothing is copied from the host."""
+    parts, replays = torch.chunk(x, engine.n_classes), Replays()
+
+    def work(members: slice, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        own = Batch(inputs["values"].unsqueeze(0), None, inputs["condition"])
+        return [elbo(engine.model.terms(own, engine.noise, members=members, prior=None)).mean(0)]
 
     def score() -> None:
-        with torch.inference_mode():
+        with engine.inference():
             for k, part in enumerate(parts):
+                members, condition = engine.members_of(k), engine.condition(k, np.zeros((1, 0)))
+                shared = {} if condition is None else {"condition": condition}
                 for rows in torch.split(part, CHUNK):
-                    own = Batch(rows.unsqueeze(0), None, engine.condition(k, np.zeros((len(rows), 0))))
-                    elbo(engine.model.terms(own, engine.noise, members=engine.members_of(k), prior=None))
+                    key = (len(rows), members.start, members.stop)
+                    replays.run(key, partial(work, members), {"values": rows}, shared, k)
 
     return waited(score)
 
@@ -121,8 +130,7 @@ def ours(n_rows: int, x: Tensor) -> dict[str, Job]:
         engine = with_precision(reference_engine("standard", "normal", rows, device="cuda"), precision)
         if engine is not None:
             jobs[f"engine, {precision}, rows in pinned memory"] = Job(lambda e=engine: e.negative_elbo(host), n_rows)
-    plain_engine = reference_engine("standard", "normal", rows, device="cuda")
-    jobs["the bank's terms, float32, rows on the card"] = Job(on_the_card(plain_engine, x), n_rows)
+            jobs[f"{ON_THE_CARD}, {precision}"] = Job(on_the_card(engine, x), n_rows)
     return jobs
 
 
@@ -178,7 +186,7 @@ def section(n_rows: int, rounds: int) -> list[str]:
     from_host = rates.best("engine") * COLUMNS * 4 / rates.of["link, from pinned memory"]
     flat = steps.of["1"] / steps.of["16"]
     goals = [
-        Goal("rows on the card", rates.of["the bank's terms, float32, rows on the card"], 5e8, " rows/s"),
+        Goal("rows on the card", rates.best(ON_THE_CARD), 5e8, " rows/s"),
         Goal("from pinned host memory, of the link", 100 * from_host, 90, " %"),
         Goal(f"fit of {FIT_MEMBERS} members x {FIT_STEPS:,} steps", 1 / whole.of["fit"], 1.3, " s", at_most=True),
         Goal("time per step, 16 members against 1", flat, 1.2, at_most=True),
