@@ -21,7 +21,7 @@ rounds and, in brackets, the least and the most. Rows are noise, networks hardly
 depend on either. A goal that is not met says so. `make bench-throughput` measures every section but *GPU*, which
 `make bench-gpu` measures where there is a CUDA device.
 """
-ORDER = ("Limits and scoring", "Peers", "Growth", "Memory and files", "Start-up", "GPU")
+ORDER = ("Limits and scoring", "Where the time goes", "Peers", "Growth", "Memory and files", "Start-up", "GPU")
 
 
 @dataclass(frozen=True)

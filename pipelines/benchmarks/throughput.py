@@ -15,12 +15,14 @@ import files
 import growth
 import page
 import peers
+import profiles
 import scoring
 import start_up
 
 REPORT = Path("docs/benchmarks/speed.md")
 SECTIONS = {
     "scoring": "Limits and scoring",
+    "profiles": "Where the time goes",
     "peers": "Peers",
     "growth": "Growth",
     "files": "Memory and files",
@@ -54,6 +56,8 @@ def measure(name: str, sizes: Sizes, folder: Path) -> tuple[list[str], list[grow
     """One section's text and curves."""
     if name == "scoring":
         return scoring.section(sizes.rows, sizes.rounds, folder), []
+    if name == "profiles":
+        return profiles.section(sizes.rows // 4, sizes.training_rows, sizes.rounds), []
     if name == "peers":
         return peers.section(sizes.training_rows, sizes.peer_rows, sizes.rounds, epochs=sizes.epochs), []
     if name == "growth":
