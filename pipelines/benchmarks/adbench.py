@@ -34,7 +34,11 @@ LEFT_OUT = ("CVAE best", "LUNAR (PyOD)", "AE (PyOD)", "VAE (PyOD)", "DeepSVDD (P
 """Unless asked for: they take hours."""
 ABLATED = tuple(f"CVAE fast, {change}" for change in one_class_methods.ABLATION)
 """For `ablation`."""
-DEFAULT_METHODS = tuple(name for name in one_class_methods.METHODS if name not in (*LEFT_OUT, *ABLATED))
+DEFAULT_METHODS = tuple(
+    name
+    for name in one_class_methods.METHODS
+    if name == one_class_methods.IN_THE_TABLE or name not in (*LEFT_OUT, *ABLATED)
+)
 
 
 @dataclass(frozen=True)
