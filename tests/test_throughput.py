@@ -24,7 +24,8 @@ def page(tmp_path_factory):
     """The page after one section, made anew beside one that stood there."""
     folder = tmp_path_factory.mktemp("speed")
     (folder / "speed.md").write_text("# Speed\n\n## GPU\n\nmeasured elsewhere\n", encoding="utf-8")
-    ran = run("throughput.py", "--quick", "--rows", "2000", "--only", "scoring", "--output", "speed.md", folder=folder)
+    ran = run("throughput.py", "--quick", "--rows", "2000", "--only", "scoring", "profiles",
+              "--output", "speed.md", folder=folder)  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return (folder / "speed.md").read_text(encoding="utf-8")
 
@@ -56,6 +57,15 @@ def test_a_goal_is_reached_or_missed_as_its_figures_say(page):
         _, goal, measured, verdict = cells(page, begins)
         reached = float(measured.split()[0]) >= float(goal.removeprefix(">=").split()[0])
         assert verdict == ("reached" if reached else "**missed**")
+
+
+@pytest.mark.parametrize("way", ["scoring before", "scoring: engine, float32", "training before", "training: fit, one"])
+def test_shares_of_the_time_are_shares_of_all_of_it(page, way):
+    time, products, *others = cells(page, way)[1:]
+    assert float(time.split()[0].replace(",", "")) > 0
+    parts = [int(part.removesuffix(" %")) for part in (products, *others)]
+    assert abs(sum(parts) - 100) <= 2  # each is rounded
+    assert 0 < parts[0] < 100
 
 
 def test_other_sections_stay(page):

@@ -25,7 +25,8 @@ from reference import (
 from scoring import with_precision
 from torch.profiler import ProfilerActivity, profile
 
-CHUNK, BATCH, STEPS, LEARNING_RATE = 2048, 256, 500, 2e-3
+CHUNK, BATCH, LEARNING_RATE = 2048, 256, 2e-3
+STEPS, FEW_STEPS = 500, 10
 GROUPS = {
     "matrix products": ("addmm", "mm", "bmm", "baddbmm", "_linear_pointwise", "mkldnn_linear", "linear"),
     "copies and casts": ("copy_", "cat", "clone", "index", "index_select", "gather", "fill_", "zero_", "take"),
@@ -87,7 +88,7 @@ def plain_training(rows: torch.Tensor, condition: torch.Tensor, steps: int) -> N
         optimizer.step()
 
 
-def ways(n_rows: int, n_training: int) -> list[Way]:
+def ways(n_rows: int, n_training: int, steps: int) -> list[Way]:
     """Scoring and training, plain and ours."""
     rows = encoded_rows(n_rows)
     values = torch.from_numpy(rows.values).float()
@@ -106,7 +107,7 @@ def ways(n_rows: int, n_training: int) -> list[Way]:
     engines = {name: with_precision(engine, name) for name in ("float32", "bfloat16")}
 
     def ours(conditioning: str) -> Job:
-        return Job(lambda: reference_detector(training, max_steps=STEPS, conditioning=conditioning), STEPS)
+        return Job(lambda: reference_detector(training, max_steps=steps, conditioning=conditioning), steps)
 
     return [
         Way(f"scoring before: eager torch, {CHUNK:,}-row chunks", Job(plain, n_rows), "row"),
@@ -117,22 +118,23 @@ def ways(n_rows: int, n_training: int) -> list[Way]:
         ),
         Way("scoring: `score_samples` on a DataFrame", Job(lambda: detector.score_samples(frame), n_rows), "row"),
         Way("training before: a plain loop, one network",
-            Job(lambda: plain_training(values[:n_training], condition[:n_training], STEPS), STEPS), "step"),
+            Job(lambda: plain_training(values[:n_training], condition[:n_training], steps), steps), "step"),
         Way("training: fit, one shared network", ours("shared"), "step"),
         Way(f"training: fit, {CLASSES} networks, one per class", ours("per_class"), "step"),
     ]  # fmt: skip
 
 
-def section(n_rows: int, n_training: int, rounds: int) -> list[str]:
+def section(n_rows: int, n_training: int, rounds: int, *, short: bool = False) -> list[str]:
     """The section's text."""
+    steps = FEW_STEPS if short else STEPS
     with one_thread():
-        every = ways(n_rows, n_training)
+        every = ways(n_rows, n_training, steps)
         rates = in_turn({way.name: way.job for way in every}, rounds)
         found = {way.name: shares(way.job.call) for way in every}
     return [
         f"One thread. Time per row or step: median of {rounds} rounds without the profiler. Shares: one call under "
         "torch's profiler, which adds a microsecond or so to every operation; *outside torch* is Python, numpy and "
-        f"pandas. Fits: {n_training:,} rows of {COLUMNS} columns, {STEPS} steps of {BATCH} rows a network, with "
+        f"pandas. Fits: {n_training:,} rows of {COLUMNS} columns, {steps} steps of {BATCH} rows a network, with "
         "encoding, held-out looks and thresholds.",
         "",
         f"| way | time | {' | '.join(PARTS)} |",

@@ -57,7 +57,7 @@ def measure(name: str, sizes: Sizes, folder: Path) -> tuple[list[str], list[grow
     if name == "scoring":
         return scoring.section(sizes.rows, sizes.rounds, folder), []
     if name == "profiles":
-        return profiles.section(sizes.rows // 4, sizes.training_rows, sizes.rounds), []
+        return profiles.section(sizes.rows // 4, sizes.training_rows, sizes.rounds, short=sizes.epochs == 1), []
     if name == "peers":
         return peers.section(sizes.training_rows, sizes.peer_rows, sizes.rounds, epochs=sizes.epochs), []
     if name == "growth":
