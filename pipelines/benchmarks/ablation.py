@@ -113,7 +113,7 @@ def main() -> None:
     table = adbench.load(arguments.results)
     if not (table["method"] == BASE).any():
         raise SystemExit("the fast one has not been measured: there is nothing to compare with")
-    page.write_section(arguments.output, SECTION, section(table), title=ranking.TITLE, order=(ranking.SECTION, SECTION))
+    page.write_section(arguments.output, SECTION, section(table), title=ranking.TITLE, order=ranking.ORDER)
     print(f"written: {arguments.output}")
 
 

@@ -63,7 +63,7 @@ def write(path: Path, table: pd.DataFrame, limits: Limits, to_do: ToDo) -> None:
         for data in own["data"].unique():
             lines += comparison(own[own["data"] == data], data)
     lines += few_rows(means[means["part"] == "f"])
-    page.write_section(path, SECTION, lines, title=ranking.TITLE, order=(ranking.SECTION, SECTION))
+    page.write_section(path, SECTION, lines, title=ranking.TITLE, order=ranking.ORDER)
     sorted_lines = table.sort_values(["part", *KEYS, "seed"])
     sorted_lines.to_csv(path.with_name("contextual.csv"), index=False, float_format="%.5f")
 

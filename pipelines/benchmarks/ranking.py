@@ -11,7 +11,15 @@ import pandas as pd
 FIGURES = ("roc_auc", "average_precision")
 NAMES = {"roc_auc": "AUROC", "average_precision": "average precision"}
 SECTION = "One class, tables"
-ORDER = (SECTION, "Rates that are asked for", "Columns that are to blame", "Missing cells")
+ORDER = (
+    SECTION,
+    "Ablation",
+    "Tables and images with a condition",
+    "Rates that are asked for",
+    "Columns that are to blame",
+    "Missing cells",
+)
+"""Of the whole page, whoever writes a section of it."""
 TITLE = """# Quality
 
 What the detector finds, beside others on the same rows. Detectors learn from normal rows; labels serve for the
