@@ -823,7 +823,8 @@ def test_place_that_cannot_be_written_ends_the_job_and_keeps_what_is_finished(de
 # ---------------------------------------------------------------------- progress
 
 
-def test_progress_never_goes_back_and_ends_at_the_whole(detector, folder, out):
+def test_progress_never_goes_back_and_ends_at_the_whole(detector, folder, out, monkeypatch):
+    monkeypatch.setattr("anomaly_cvae.batch.needs.CELLS_PER_BATCH", 1 << 19)  # several batches of a file
     write(wide(rows(2500)), folder / "a.parquet")
     write(wide(rows(2500)), folder / "b.csv")
     write(rows(20), folder / "c.arrow")
@@ -1006,7 +1007,7 @@ def test_memory_does_not_grow_with_rows_of_many_kept_columns(folder, start):
     names = [f"kept {i}" for i in range(400)]
     part = pd.concat([rows(300), pd.DataFrame(0.0, index=range(300), columns=names)], axis=1)
     detector = CVAEDetector(["kind"], ignore_columns=["id", *names], **TINY).fit(part)
-    tables = [pd.concat([part] * times, ignore_index=True) for times in (10, 110)]
+    tables = [pd.concat([part] * times, ignore_index=True) for times in (60, 160)]
     peaks = peaks_of(detector, folder, "parquet", tables, start)
-    # 30,000 more rows are 92 MiB.
+    # 30,000 more rows are 92 MiB; both files have several batches.
     assert peaks[1] - peaks[0] < 60

@@ -183,10 +183,21 @@ def as_numbers(cells: pd.Series, form: CsvFormat, start: int = 0) -> pd.Series:
     found = _numbers(text, form) if found is None else found
     if found is not None:
         return found
-    levels = [str(level) for level in pd.unique(text.dropna())]
-    wrong = next((level for level in levels if _numbers(text[text == level].head(1), form) is None), levels[0])
+    wrong = _first_wrong(text.dropna().drop_duplicates(), form)
     row = start + int(text.index[np.flatnonzero((text == wrong).to_numpy(dtype=np.bool_, na_value=False))[0]])
     raise DataError(f"column {cells.name!r} must be numeric but holds text, {wrong!r} in row {row:,}; correct it")
+
+
+def _first_wrong(levels: pd.Series, form: CsvFormat) -> str:
+    """Of levels that are no numbers together, the first that makes them so; halving, as there may be very many."""
+    fine, wrong = 0, len(levels)
+    while wrong - fine > 1:
+        middle = (fine + wrong) // 2
+        if _numbers(levels.iloc[:middle], form) is None:
+            wrong = middle
+        else:
+            fine = middle
+    return str(levels.iloc[wrong - 1])
 
 
 def as_levels(cells: pd.Series, known: Collection[str] = ()) -> pd.Series:
