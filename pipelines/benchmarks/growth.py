@@ -138,7 +138,7 @@ def section(n_rows: int, n_training: int, rounds: int, *, short: bool = False) -
 
 def picture(curves: Sequence[Curve], path: Path) -> None:
     """Every curve on logarithmic axes, rows above, what it costs below."""
-    drawn = plots.figure(3.4 * len(curves), 5.6)
+    drawn = plots.figure(max(3.4 * len(curves), 5.0), 5.6)
     axes = np.atleast_2d(drawn.subplots(2, len(curves), squeeze=False))
     for place, curve in enumerate(curves):
         for row, of_rows in enumerate((True, False)):
@@ -153,7 +153,7 @@ def picture(curves: Sequence[Curve], path: Path) -> None:
             axis.set_yscale("log")
             axis.set_xlabel(curve.axis)
             axis.set_ylabel(" and ".join(dict.fromkeys(curve.units[name] for name in names)), fontsize=8)
-            axis.set_xticks(curve.points, [f"{point:,}" for point in curve.points], fontsize=7)
+            axis.set_xticks(curve.points, [short(point) for point in curve.points], fontsize=7)
             axis.set_xticks([], minor=True)
             axis.grid(color=plots.GRID, which="both")
             axis.set_axisbelow(True)
@@ -161,6 +161,11 @@ def picture(curves: Sequence[Curve], path: Path) -> None:
             axis.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=110)
+
+
+def short(number: int) -> str:
+    """A number that has room below a tick: 20,000,000 as 20 M."""
+    return f"{number // 10**6} M" if number >= 10**6 and number % 10**6 == 0 else f"{number:,}"
 
 
 def _draw(axis: object, curve: Curve, name: str, colour: str) -> None:
