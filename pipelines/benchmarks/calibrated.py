@@ -159,12 +159,7 @@ def main() -> None:
     names = cases.asked(parser, places, arguments.only)
     parameters = resumable.digest(presets.FAST)
     tasks = [Task(d, s, f, places[d], parameters) for f in arguments.fractions for s in arguments.seeds for d in names]
-    done = resumable.load(arguments.results, [*KEY, "parameters"])
-    missing = resumable.missing(tasks, done, (*KEY, "parameters"))
-    print(f"{len(tasks)} fits, {len(tasks) - len(missing)} of them there already")
-    if missing and not arguments.page_only:
-        resumable.run_all(run, missing, arguments.workers, arguments.results, said)
-    table = resumable.load(arguments.results, [*KEY, "parameters"])
+    table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     calibrated_page.write(arguments.output, table[table["parameters"] == parameters])
     print(f"written: {arguments.output}")
 

@@ -138,12 +138,7 @@ def main() -> None:
     names = cases.asked(parser, places, arguments.only)
     parameters = resumable.digest(presets.FAST)
     tasks = [Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
-    done = resumable.load(arguments.results, [*KEY, "parameters"])
-    missing = resumable.missing(tasks, done, (*KEY, "parameters"))
-    print(f"{len(tasks)} fits, {len(tasks) - len(missing)} of them there already")
-    if missing and not arguments.page_only:
-        resumable.run_all(run, missing, arguments.workers, arguments.results, said)
-    table = resumable.load(arguments.results, [*KEY, "parameters"])
+    table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     missing_page.write(arguments.output, table[table["parameters"] == parameters])
     print(f"written: {arguments.output}")
 

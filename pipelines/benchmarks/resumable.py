@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import multiprocessing
@@ -77,3 +78,18 @@ def missing(tasks: Sequence[Task], done: pd.DataFrame, key: Sequence[str]) -> li
     """The tasks without a line; ``key`` names what tells them apart, as attributes and as columns."""
     finished = set(zip(*(done[name] for name in key), strict=True))
     return [task for task in tasks if tuple(getattr(task, name) for name in key) not in finished]
+
+
+def up_to_date(
+    tasks: Sequence[Task],
+    key: Sequence[str],
+    work: Callable[[Task], Sequence[Line]],
+    say: Callable[[Sequence[Line]], str],
+    arguments: argparse.Namespace,
+) -> pd.DataFrame:
+    """All finished lines; those of the tasks that are missing are measured first, unless only the page is asked for."""
+    left = missing(tasks, load(arguments.results, key), key)
+    print(f"{len(tasks)} fits, {len(tasks) - len(left)} of them there already")
+    if left and not arguments.page_only:
+        run_all(work, left, arguments.workers, arguments.results, say)
+    return load(arguments.results, key)
