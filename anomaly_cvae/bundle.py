@@ -25,8 +25,8 @@ from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import AggregatePosterior
 from anomaly_cvae.scoring import Precision, ScoringEngine
 
-FORMAT_VERSION = 3
-"""2: thresholds say who set them. 3: images. Formats 1 and 2 are read, too."""
+FORMAT_VERSION = 4
+"""2: thresholds say who set them. 3: images. 4: networks may count unequally. Earlier formats are read, too."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"
@@ -236,6 +236,8 @@ def _write(bundle: Bundle, folder: Path) -> None:
 def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
     weights = {f"model.{name}": value for name, value in engine.model.state_dict().items()}
     weights["noise"] = engine.noise
+    if engine.member_weights is not None:
+        weights["member_weights"] = engine.member_weights
     if engine.class_table is not None:
         weights["class_table"] = engine.class_table
     if engine.scaling is not None:
@@ -263,7 +265,7 @@ def _load_engine(
         aggregate = AggregatePosterior(*description["aggregate_shape"]).to(dtype=dtype)
         aggregate.load_state_dict(_with_prefix(weights, "aggregate."))
         aggregate = aggregate.to(device)
-    table, scaling = weights.get("class_table"), None
+    table, counts, scaling = weights.get("class_table"), weights.get("member_weights"), None
     if table is not None:
         model.class_table = table
     if "class_scale" in weights:
@@ -276,6 +278,7 @@ def _load_engine(
         members_per_class=description["members_per_class"],
         aggregate=aggregate,
         scaling=scaling,
+        member_weights=None if counts is None else counts.to(device),
         precision=precision,
     )
 

@@ -85,7 +85,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     contamination : "auto": thresholds hold ``false_alarm_rate`` on held-out normals; a float in (0, 0.5]:
         that share of the rows of `fit` is flagged, as elsewhere in scikit-learn
     false_alarm_rate : share of normals, per class, that may be flagged
-    n_estimators : networks per class (or in all, when shared); scores are their mean
+    n_estimators : networks per class (or in all, when shared); scores are their mean, where they are trained unlike
+        (``kl_weight``, ``input_noise``) by weights of one over the spread of each one's scores of held-out rows
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
     likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
@@ -102,7 +103,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     objective : "elbo"; "iwae" (``train_samples`` importance samples); "semi_supervised" (rows may lack their
         condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
-    kl_weight : weight of the KL in training and in the choice of the best weights; scores always use 1
+    kl_weight : weight of the KL in training and in the choice of the best weights, or several, dealt to the networks
+        in turn; scores always use 1
     free_bits : nats of KL per latent unit that cost nothing in training
     input_noise : standard deviation of training noise on real columns, in units of the column's own, or several,
         dealt to the networks in turn
@@ -157,7 +159,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         prior: str = "aggregate",
         objective: str = "elbo",
         train_samples: int = 1,
-        kl_weight: float = 1.0,
+        kl_weight: float | Sequence[float] = 1.0,
         free_bits: float = 0.0,
         input_noise: float | Sequence[float] = 0.1,
         mask_rate: float = 0.2,
@@ -433,7 +435,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             objective=objective(self.objective, self.train_samples, self.free_bits),
-            kl_weight=self.kl_weight,
+            kl_weight=self._per_member(self.kl_weight),
             input_noise=self._per_member(self.input_noise),
             mask_rate=self.mask_rate,
             mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters

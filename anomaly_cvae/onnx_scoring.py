@@ -50,10 +50,12 @@ class ClassInputs:
 
 
 class NegativeElbo(nn.Module):
-    """Encoded complete rows (N, D) of one class to nats (N,): the mean over some members."""
+    """Encoded complete rows (N, D) of one class to nats (N,): the mean over some members, by their weights."""
 
-    def __init__(self, model: CVAE, noise: Tensor, members: slice) -> None:
+    def __init__(self, model: CVAE, noise: Tensor, members: slice, weights: Tensor | None) -> None:
         super().__init__()
+        n = members.stop - members.start
+        self.weights = [1.0 / n] * n if weights is None else weights[members].tolist()
         self.model, self.members = model, range(members.start, members.stop)
         self.register_buffer("noise", noise)
 
@@ -76,8 +78,9 @@ class NegativeElbo(nn.Module):
             one, prior = slice(place, place + 1), None
             if log_weight is not None and mean is not None and log_variance is not None:
                 prior = Mixture(log_weight[one], mean[one], log_variance[one])
-            total = total - elbo(self.model.terms(batch, noise, members=slice(m, m + 1), prior=prior))[0]
-        return total / len(self.members)
+            bound = elbo(self.model.terms(batch, noise, members=slice(m, m + 1), prior=prior))[0]
+            total = total - self.weights[place] * bound
+        return total
 
 
 @dataclass
@@ -89,11 +92,12 @@ class OnnxBank:
 
     model: CVAE
     noise: Tensor
+    weights: Tensor | None = None
     sessions: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: CVAE, noise: Tensor) -> OnnxBank:
-        """Graphs of this model.
+    def of(cls, model: CVAE, noise: Tensor, weights: Tensor | None = None) -> OnnxBank:
+        """Graphs of this model, whose members count by ``weights`` (M,).
 
         Raises
         ------
@@ -109,7 +113,7 @@ class OnnxBank:
         why_not = _unsuitable(model, noise)
         if why_not:
             raise ParameterError(f"backend='onnx' cannot be used: {why_not}; leave the choice to backend='auto'")
-        return cls(model, noise)
+        return cls(model, noise, weights)
 
     @property
     def chunk_rows(self) -> int:
@@ -130,7 +134,7 @@ class OnnxBank:
     def _session(self, members: slice, inputs: ClassInputs) -> Any:
         if members.start not in self.sessions:
             self.sessions[members.start] = _session(
-                NegativeElbo(self.model, self.noise, members), inputs.tensors(), self.model.n_cells
+                NegativeElbo(self.model, self.noise, members, self.weights), inputs.tensors(), self.model.n_cells
             )
         return self.sessions[members.start]
 

@@ -56,8 +56,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
     "free_bits": (_number(0, np.inf, open_high=True), "a number of nats from 0 up"),
-    "kl_weight": (_number(0, np.inf, open_high=True), "a number from 0 up"),
-    "input_noise": (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
+    **dict.fromkeys(
+        ("kl_weight", "input_noise"),
+        (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
+    ),
     "mask_rate": (_number(0, 1), "a number in [0, 1]"),
     "scale_floor": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
     "learning_rate": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),

@@ -31,8 +31,8 @@ IMAGE_FACTOR = 8
 PADDED = ("cpu", "cuda")
 """Devices on which every new shape costs: a kernel per layer that is kept, or a captured graph."""
 Precision = Literal["float32", "bfloat16"]
-Reduction = Callable[[Terms], tuple[Tensor, ...]]
-"""From terms to tensors whose first axis is that of the rows."""
+Reduction = Callable[[Terms, Tensor | None], tuple[Tensor, ...]]
+"""From terms, and the weights of their members, to tensors whose first axis is that of the rows."""
 HALF_TOLERANCE = 5e-3
 """Relative and absolute, of scores whose inner products are in bfloat16."""
 ROWS = ("values", "observed", "given", "continuous")
@@ -96,6 +96,7 @@ class ScoringEngine:
     noise : (S, Z) fixed low-discrepancy points, stored with the model
     aggregate : the prior at scoring time; None for the training prior
     scaling : location and scale of the real columns per class; None without classes
+    member_weights : (M,) what each member counts in scores, of those that know a class in all 1; None: all alike
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `HALF_TOLERANCE`
     graphs : what scores complete rows in the place of torch; None: torch does
@@ -110,6 +111,7 @@ class ScoringEngine:
     members_per_class: int | None = None
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
+    member_weights: Tensor | None = None
     precision: Precision = "float32"
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
@@ -130,7 +132,7 @@ class ScoringEngine:
         return HALF_TOLERANCE if self.precision == "bfloat16" else 1e-5
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
-        """Mean over members of the negative ELBO under each row's own class, (N,), nats.
+        """Mean over members, by their weights, of the negative ELBO under each row's own class, (N,), nats.
 
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
@@ -157,7 +159,7 @@ class ScoringEngine:
             raise ParameterError("backend='onnx' computes in float32: leave out mixed_precision, or the backend")
         if self.class_table is not None and self.class_table.shape[1] < self.model.architecture.n_conditions:
             raise ParameterError("backend='onnx' cannot be used: rows with continuous conditions are scored by torch")
-        graphs = OnnxBank.of(self.model, self.noise)
+        graphs = OnnxBank.of(self.model, self.noise, self.member_weights)
         for k in range(self.n_graphs):
             graphs.scorer(self.members_of(k), self._class_inputs(k))
         return replace(self, graphs=graphs)
@@ -196,6 +198,13 @@ class ScoringEngine:
         ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
 
+    def member_negative_elbo(self, encoded: Encoded) -> FloatArray:
+        """The same of every member that knows each row's class, (N, M or the members of a class)."""
+        members = self.members_of(0)
+        scores = np.zeros((len(encoded), members.stop - members.start))
+        self._reduce(encoded, _member_negative_elbo, (scores,))
+        return scores
+
     def column_scores(self, encoded: Encoded) -> ColumnScores:
         """The exact decomposition of `negative_elbo`."""
         columns, kl = np.zeros(encoded.values.shape), np.zeros(len(encoded))
@@ -215,7 +224,8 @@ class ScoringEngine:
         )
 
         def of_chunk(chunk: Chunk) -> None:
-            nats[chunk.places] = _numpy(-self._log_mean_weight(chunk, noise).mean(0))
+            own = self._weights_of(chunk.members)
+            nats[chunk.places] = _numpy(-_over_members(self._log_mean_weight(chunk, noise), own))
 
         self._each(of_chunk, encoded, n_samples=n_samples)
         return np.where(encoded.scored.any(axis=1), nats, 0.0)
@@ -404,6 +414,9 @@ class ScoringEngine:
             return slice(0, self.model.architecture.n_members)
         return slice(k * self.members_per_class, (k + 1) * self.members_per_class)
 
+    def _weights_of(self, members: slice) -> Tensor | None:
+        return None if self.member_weights is None else self.member_weights[members]
+
     def condition(self, k: int, continuous: FloatArray) -> Tensor | None:
         """Condition vectors of rows of class ``k``, (1, N or 1, C)."""
         if self.class_table is None:
@@ -436,7 +449,7 @@ class ScoringEngine:
             return self._overlapped(encoded, reduction, into)
 
         def of_chunk(chunk: Chunk) -> None:
-            for array, found in zip(into, reduction(self._terms(chunk)), strict=True):
+            for array, found in zip(into, reduction(self._terms(chunk), self._weights_of(chunk.members)), strict=True):
                 array[chunk.places] = _numpy(found)
 
         self._each(of_chunk, encoded, padded=True)
@@ -452,7 +465,8 @@ class ScoringEngine:
 
                 def work(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
                     batch, prior = self._batch(inputs), _mixture(inputs)
-                    return reduction(self.model.terms(batch, self.noise, members=piece.members, prior=prior))
+                    terms = self.model.terms(batch, self.noise, members=piece.members, prior=prior)
+                    return reduction(terms, self._weights_of(piece.members))
 
                 def on_device(rows: Mapping[str, Tensor]) -> Sequence[Tensor]:
                     return self.replays.run((*key, *rows), work, rows, parts, shared.version)
@@ -610,15 +624,26 @@ class _Latest:
         return self._parts
 
 
-def _negative_elbo(terms: Terms) -> tuple[Tensor, ...]:
+def _negative_elbo(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
     """Mean over members, (N,)."""
-    return ((-elbo(terms)).mean(0),)
+    return (_over_members(-elbo(terms), weights),)
 
 
-def _columns_and_kl(terms: Terms) -> tuple[Tensor, ...]:
+def _member_negative_elbo(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
+    """Of every member, (N, M)."""
+    return ((-elbo(terms)).mT,)
+
+
+def _columns_and_kl(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
     """Nats per column (N, D) and of the KL (N,), means over members."""
     wide = accumulator(terms.log_prob)
-    return -terms.log_prob.mean(dim=(0, 1), dtype=wide), terms.kl.sum(-1, dtype=wide).mean(0)
+    columns = _over_members(-terms.log_prob.mean(dim=1, dtype=wide), weights)
+    return columns, _over_members(terms.kl.sum(-1, dtype=wide), weights)
+
+
+def _over_members(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over the first axis, (M, …), by weights (M,)."""
+    return values.mean(0) if weights is None else torch.tensordot(weights.to(values), values, dims=1)
 
 
 def _mixture(inputs: Mapping[str, Tensor]) -> Mixture | None:

@@ -60,7 +60,7 @@ class TrainingSettings:
     batch_size: int
     learning_rate: float
     objective: Objective = field(default_factory=BoundObjective)
-    kl_weight: float = 1.0
+    kl_weight: PerMember = 1.0
     input_noise: PerMember = 0.0
     mask_rate: float = 0.0
     mask_shapes: MaskShapes = "mixed"
@@ -74,7 +74,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One round of training steps and the held-out negative ELBO (nats per row) after it."""
+    """One round of training steps and the held-out negative ELBO (nats per row) after it; the largest KL weight."""
 
     epoch: int
     step: int
@@ -167,8 +167,16 @@ class _Loop:
         recorder = recorder_of(device)
         self.runs_ahead = recorder is not None
         steps_are_alike = self.runs_ahead and settings.objective.capturable
+        members = len(training_rows)
+        kl_weights = dealt(settings.kl_weight, members)
+        self.largest_kl_weight = max(kl_weights)
+        # Of the largest weight, what each member has, (M, 1); None where they are alike.
+        self.kl_shares: Tensor | None = None
+        if len(set(kl_weights)) > 1:
+            self.kl_shares = torch.tensor(kl_weights, dtype=rows.values.dtype, device=device).reshape(-1, 1)
+            self.kl_shares /= self.largest_kl_weight
         self.rate: Weight = settings.learning_rate
-        self.kl: Weight = settings.kl_weight
+        self.kl: Weight = self.largest_kl_weight
         if steps_are_alike:
             self.rate, self.kl = _dials(device)
         # The fused step exists for CPU and CUDA; one kernel for all parameters.
@@ -185,8 +193,8 @@ class _Loop:
             generators=[generator],
         )  # fmt: skip
         self.precision = torch.autocast(device.type, torch.bfloat16, settings.mixed_precision and has_bfloat16(device))
-        members = len(training_rows)
-        self.input_noise = dealt(settings.input_noise, members, rows.values)
+        noises = dealt(settings.input_noise, members)
+        self.input_noise = torch.tensor(noises, dtype=rows.values.dtype, device=device).reshape(-1, 1, 1)
         self.has_noise = bool(self.input_noise.any())
         self.best_loss = torch.full((members,), torch.inf, dtype=torch.float64, device=device)
         self.best = [p.detach().clone() for p in self.parameters]
@@ -246,7 +254,7 @@ class _Loop:
         """One optimiser step of every member, at the rate and with the KL weight that are set."""
         batch = self.augment(self.rows.batch(self.draw()))
         with self.precision:
-            found = self.settings.objective.loss(self.model, batch, self.draws, self.kl)
+            found = self.settings.objective.loss(self.model, batch, self.draws, self.of_members(self.kl))
         loss = found.rows.mean(-1)
         self.losses.add(loss.detach(), batch, found)
         self.optimizer.zero_grad(set_to_none=True)
@@ -294,7 +302,11 @@ class _Loop:
     def kl_weight(self, step: int) -> float:
         """Linear warm-up from 0: latent units are not switched off before the decoder can use them."""
         warmup = max(1, round(KL_WARMUP * self.settings.max_steps))
-        return self.settings.kl_weight * min(1.0, step / warmup)
+        return self.largest_kl_weight * min(1.0, step / warmup)
+
+    def of_members(self, kl_weight: Weight) -> Weight:
+        """Of a member with the largest weight, as that of each: (M, 1) where they differ."""
+        return kl_weight if self.kl_shares is None else kl_weight * self.kl_shares
 
     def clip_gradients(self) -> None:
         """Bound each member's gradient norm on its own: one bad member must not slow the others."""
@@ -334,13 +346,14 @@ class _Loop:
         The worst tenth of the rows is left out: one spike in a nearly constant column costs thousands of
         nats, and would make the untrained network the best one.
         """
+        weight = self.of_members(self.largest_kl_weight)
         losses, noise = [], self.noise[:VALIDATION_SAMPLES] if self.model.shapes else self.noise
         device = self.rows.values.device
         masks = Draws(torch.Generator(device).manual_seed(0), device, self.rows.values.dtype)
         for start in range(0, self.validation_table.shape[1], 500):
             chosen = self.validation_table[:, start : start + 500]
             batch = self.with_given(self.rows.batch(chosen), masks)
-            losses.append(self.settings.objective.held_out(self.model, batch, noise, self.settings.kl_weight))
+            losses.append(self.settings.objective.held_out(self.model, batch, noise, weight))
         ranked = torch.cat(losses, dim=1)
         place = torch.arange(ranked.shape[1], device=ranked.device)
         ranked = torch.where(place < self.validation_counts.unsqueeze(1), ranked, torch.inf).sort(dim=1).values
@@ -432,10 +445,10 @@ class _Loop:
         )
 
 
-def dealt(numbers: PerMember, members: int, like: Tensor) -> Tensor:
-    """The number of each member, (M, 1, 1), in the type and on the device of ``like``."""
+def dealt(numbers: PerMember, members: int) -> list[float]:
+    """The number of each member: several are dealt in turn."""
     several = numbers if isinstance(numbers, tuple) else (numbers,)
-    return torch.tensor(list(islice(cycle(several), members)), dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+    return list(islice(cycle(several), members))
 
 
 def _dials(device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from anomaly_cvae.model import Terms
 
 Weight = float | Tensor
-"""A number; where steps are captured, a tensor () that it is filled into before each."""
+"""A number; where steps are captured, a tensor () that it is filled into before each; (M, 1) where members differ."""
 
 
 class Bound(Protocol):
@@ -34,6 +34,8 @@ def importance_weighted(terms: Terms, kl_weight: Weight = 1.0) -> Tensor:
 
     ``kl_weight`` tempers log p(z | c) - log q(z | x, c) for the warm-up; at 1 this is the IWAE bound.
     """
+    if isinstance(kl_weight, Tensor) and kl_weight.dim():
+        kl_weight = kl_weight.unsqueeze(1)
     wide = accumulator(terms.log_prob)
     log_ratio = (terms.log_prior - terms.log_q).to(wide)
     log_weight = terms.log_prob.sum(-1, dtype=wide) + kl_weight * log_ratio

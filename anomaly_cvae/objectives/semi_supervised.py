@@ -33,7 +33,7 @@ class SemiSupervised(Objective):
         rows, log_prob = self._rows(model, batch, noise, kl_weight)
         return Loss(rows + self.classification_weight * inference_loss(model, batch), log_prob)
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: Weight = 1.0) -> Tensor:
         """The same without the classification of labelled rows."""
         return self._rows(model, batch, noise, kl_weight)[0]
 

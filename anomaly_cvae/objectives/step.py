@@ -51,7 +51,7 @@ class Objective:
     ``keeps_best`` says that weights are chosen by the held-out loss; else the last ones are kept.
     ``takes_noise`` says that training noise on the cells does no harm: a discriminator would see who has it.
     ``capturable`` says that `loss` looks at no value and does the same at every step, and that there is nothing to do
-    after one: such a step can be a CUDA graph (`anomaly_cvae.graphs`). The KL weight is then a tensor ().
+    after one: such a step can be a CUDA graph (`anomaly_cvae.graphs`). The KL weight is then a tensor.
     """
 
     keeps_best: bool = True
@@ -62,7 +62,7 @@ class Objective:
         """The loss whose gradient the loop follows."""
         raise NotImplementedError
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: Weight = 1.0) -> Tensor:
         """Loss of rows that training does not see, (M, N), nats; from fixed noise (S, Z).
 
         ``kl_weight`` is what training ends with: the best weights by another one are early ones.
@@ -104,7 +104,7 @@ class BoundObjective(Objective):
             rows = rows + inference_loss(model, batch)
         return Loss(rows, terms.log_prob)
 
-    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: float = 1.0) -> Tensor:
+    def held_out(self, model: CVAE, batch: Batch, noise: Tensor, kl_weight: Weight = 1.0) -> Tensor:
         """The weighted negative ELBO, and the inference head's loss if there is one."""
         rows = super().held_out(model, batch, noise, kl_weight)
         return rows if model.inference_head is None else rows + inference_loss(model, batch)

@@ -1,0 +1,133 @@
+"""Networks of a bank that are trained unlike: each has its own settings, and counts by the spread of its scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from anomaly_cvae import CVAEDetector
+from anomaly_cvae.encoding import FittedColumn
+from anomaly_cvae.fitting import by_spread
+from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.objectives import BoundObjective, importance_weighted
+from anomaly_cvae.rows import DeviceRows
+from anomaly_cvae.training import PerMember, TrainingSettings, train
+
+COLUMNS = tuple(FittedColumn(f"x{d}", "normal", observed=100) for d in range(4))
+SETTINGS = TrainingSettings(max_steps=40, batch_size=32, learning_rate=0.02, patience=100)
+SMALL = {"max_steps": 120, "hidden_dims": (16,), "n_estimators": 2, "random_state": 0, "device": "cpu"}
+
+
+def numbers(n_rows: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    z, noise = torch.randn((n_rows, 2), generator=generator), torch.randn((n_rows, 4), generator=generator)
+    return z @ torch.tensor([[1.0, 0.9, 0.0, 0.1], [0.0, 0.2, 1.0, -0.9]]) + 0.2 * noise
+
+
+def trained(kl_weight: PerMember, settings: TrainingSettings = SETTINGS) -> tuple[CVAE, list[tuple[float, ...]]]:
+    """Two networks with the same draws of rows and noise whatever their weights are; and their losses."""
+    model = CVAE(Architecture(2, 2, (8,)), COLUMNS, seed=1).double()
+    data = DeviceRows(numbers(240).double(), None, None)
+    training = train(
+        model, data, [torch.arange(160)] * 2, [torch.arange(160, 240)] * 2, replace(settings, kl_weight=kl_weight),
+        generator=torch.Generator().manual_seed(0), validation_noise=torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double(),
+    )  # fmt: skip
+    return model, [epoch.validation_per_member for epoch in training.epochs]
+
+
+@pytest.mark.parametrize("bound", ["elbo", "iwae"])
+def test_a_member_learns_with_its_own_kl_weight_as_if_all_had_it(bound: str) -> None:
+    settings = SETTINGS if bound == "elbo" else replace(SETTINGS, objective=BoundObjective(importance_weighted, 3))
+    model, losses = trained((1.0, 0.1), settings)
+    for place, weight in enumerate((1.0, 0.1)):
+        alike, expected = trained(weight, settings)
+        np.testing.assert_allclose([own[place] for own in losses], [own[place] for own in expected], rtol=1e-9)
+        for one, other in zip(model.parameters(), alike.parameters(), strict=True):
+            torch.testing.assert_close(one[place], other[place], rtol=1e-7, atol=1e-9)
+    assert abs(losses[-1][0] - losses[-1][1]) > 0.1
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    frame = pd.DataFrame(numbers(600).numpy(), columns=list("abcd"))
+    return frame.assign(type=np.where(np.arange(600) % 3 == 0, "pump", "valve"))
+
+
+@pytest.fixture(scope="module")
+def unlike(table: pd.DataFrame) -> CVAEDetector:
+    return CVAEDetector("type", kl_weight=(1.0, 0.01), **SMALL).fit(table)
+
+
+def held_out_nats(detector: CVAEDetector, table: pd.DataFrame) -> np.ndarray:
+    rows = table.iloc[detector.split_.validation]
+    return detector.model_.engine.member_negative_elbo(detector.model_.encoder.encode(rows))
+
+
+def test_each_member_counts_by_one_over_the_spread_of_its_scores(unlike: CVAEDetector, table: pd.DataFrame) -> None:
+    weights = unlike.model_.engine.member_weights.double().numpy()
+    assert weights.sum() == pytest.approx(1.0, abs=1e-6)
+    nats = held_out_nats(unlike, table)
+    spread = np.quantile(nats, 0.75, axis=0) - np.quantile(nats, 0.25, axis=0)
+    assert abs(spread[1] / spread[0] - 1.0) > 0.05
+    np.testing.assert_allclose(weights * spread, weights[0] * spread[0], rtol=1e-5)
+
+
+def test_scores_columns_and_likelihoods_are_weighted_means_of_the_members(
+    unlike: CVAEDetector, table: pd.DataFrame
+) -> None:
+    engine, rows = unlike.model_.engine, unlike.model_.encoder.encode(table)
+    weights = engine.member_weights.double().numpy()
+    scores = unlike.negative_elbo(table)
+    np.testing.assert_allclose(scores, engine.member_negative_elbo(rows) @ weights, rtol=1e-5)
+    np.testing.assert_allclose(unlike.explain(table).sum(axis=1), scores, rtol=1e-5)
+    alone = [replace(engine, member_weights=torch.eye(2)[m]).negative_log_likelihood(rows, 16) for m in range(2)]
+    np.testing.assert_allclose(engine.negative_log_likelihood(rows, 16), weights @ np.array(alone), rtol=1e-5)
+    assert not np.allclose(scores, engine.member_negative_elbo(rows).mean(axis=1), rtol=1e-3)
+
+
+def test_weights_are_saved_with_the_model(unlike: CVAEDetector, table: pd.DataFrame, tmp_path) -> None:
+    loaded = CVAEDetector.load(unlike.save(tmp_path / "model"))
+    np.testing.assert_array_equal(loaded.negative_elbo(table), unlike.negative_elbo(table))
+    assert loaded.get_params()["kl_weight"] == (1.0, 0.01)
+
+
+def test_onnx_runtime_weighs_members_alike(unlike: CVAEDetector, table: pd.DataFrame) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed: pip install 'anomaly_cvae[onnx]'")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'anomaly_cvae[onnx]'")
+    rows = unlike.model_.encoder.encode(table)
+    by_graphs = unlike.model_.engine.with_graphs().negative_elbo(rows)
+    np.testing.assert_allclose(by_graphs, unlike.negative_elbo(table), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_of_each_class_share_a_weight_of_one(table: pd.DataFrame) -> None:
+    fitted = CVAEDetector("type", kl_weight=(1.0, 0.01), conditioning="per_class", **SMALL).fit(table)
+    weights = fitted.model_.engine.member_weights.double().numpy().reshape(2, 2)
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-6)
+    assert (np.abs(weights[:, 0] - weights[:, 1]) > 0.01).all()
+    assert weights[0, 0] != weights[1, 0]
+
+
+def test_members_that_are_trained_alike_count_alike(table: pd.DataFrame) -> None:
+    fitted = CVAEDetector("type", kl_weight=(0.5, 0.5), **SMALL).fit(table)
+    assert fitted.model_.engine.member_weights is None
+    one = CVAEDetector("type", kl_weight=(0.5, 0.1), **{**SMALL, "n_estimators": 1}).fit(table)
+    assert one.model_.engine.member_weights is None
+
+
+def test_weights_follow_the_spread_whatever_a_few_rows_do() -> None:
+    nats = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 2.0, 10.0] + [0.0, 50.0, -7.0]
+    weights = by_spread(nats)
+    assert weights.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, 0.1], rtol=0.2)
+    nats[:3, 0] = 1e9
+    np.testing.assert_allclose(by_spread(nats), weights, rtol=0.05)
+
+
+@pytest.mark.parametrize("nats", [np.zeros((0, 2)), np.zeros((5, 2)), np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])])
+def test_scores_without_spread_say_nothing_about_weights(nats: np.ndarray) -> None:
+    np.testing.assert_array_equal(by_spread(nats), [0.5, 0.5])
