@@ -104,7 +104,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
     kl_weight : weight of the KL in training and in the choice of the best weights, or several, dealt to the networks
-        in turn; scores always use 1
+        in turn; scores always use 1. A small one finds rows that are near no training row, but guesses worse what is
+        missing: of unlike networks the first fills in missing cells
     free_bits : nats of KL per latent unit that cost nothing in training
     input_noise : standard deviation of training noise on real columns, in units of the column's own, or several,
         dealt to the networks in turn
@@ -159,7 +160,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         prior: str = "aggregate",
         objective: str = "elbo",
         train_samples: int = 1,
-        kl_weight: float | Sequence[float] = 1.0,
+        kl_weight: float | Sequence[float] = (1.0, 0.1),
         free_bits: float = 0.0,
         input_noise: float | Sequence[float] = 0.1,
         mask_rate: float = 0.2,

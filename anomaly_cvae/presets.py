@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-FAST: dict[str, Any] = {"n_estimators": 1, "hidden_dims": (128, 128), "max_steps": 1000, "batch_size": 128}
+FAST: dict[str, Any] = {"hidden_dims": (128, 128), "max_steps": 1000, "batch_size": 128}
 """Seconds on a laptop: for a first look, and for the demo."""
 
 BALANCED: dict[str, Any] = {}

@@ -314,7 +314,8 @@ class ScoringEngine:
     def _expected(self, encoded: Encoded) -> FloatArray:
         values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
 
-        def of_chunk(chunk: Chunk) -> None:
+        def of_chunk(every: Chunk) -> None:
+            chunk = self._that_fill_in(every)
             seen = self.model.look(chunk.batch, chunk.members)
             z = self._latent(chunk, seen).sample(self.noise)
             parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
@@ -337,7 +338,8 @@ class ScoringEngine:
     def _draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, noise: bool) -> FloatArray:
         values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
 
-        def of_chunk(chunk: Chunk) -> None:
+        def of_chunk(every: Chunk) -> None:
+            chunk = self._that_fill_in(every)
             seen = self.model.look(chunk.batch, chunk.members)
             posterior = self._latent(chunk, seen)
             members, n_rows, latent = posterior.mean.shape
@@ -413,6 +415,15 @@ class ScoringEngine:
         if self.members_per_class is None:
             return slice(0, self.model.architecture.n_members)
         return slice(k * self.members_per_class, (k + 1) * self.members_per_class)
+
+    def _that_fill_in(self, chunk: Chunk) -> Chunk:
+        """With the members that say what cells are expected: of unlike ones the first.
+
+        A network with a small KL weight is sure of its z even where cells are missing, and puts in worse values.
+        """
+        if self.member_weights is None:
+            return chunk
+        return replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
 
     def _weights_of(self, members: slice) -> Tensor | None:
         return None if self.member_weights is None else self.member_weights[members]

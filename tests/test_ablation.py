@@ -91,4 +91,4 @@ def test_a_run_measures_what_is_missing_and_keeps_the_other_sections(folder: Pat
 def test_an_unknown_change_is_refused_with_those_there_are(folder: Path, tmp_path: Path) -> None:
     ran = run(folder, "--changes", "more of everything", folder=tmp_path)
     assert ran.returncode == 2
-    assert "no change 'more of everything'; there are prior N(0, I), " in ran.stderr
+    assert "no change 'more of everything'; there are one network, KL weight 1, " in ran.stderr

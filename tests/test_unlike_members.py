@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -131,3 +132,17 @@ def test_weights_follow_the_spread_whatever_a_few_rows_do() -> None:
 @pytest.mark.parametrize("nats", [np.zeros((0, 2)), np.zeros((5, 2)), np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])])
 def test_scores_without_spread_say_nothing_about_weights(nats: np.ndarray) -> None:
     np.testing.assert_array_equal(by_spread(nats), [0.5, 0.5])
+
+
+def test_the_first_network_fills_in_missing_cells(unlike: CVAEDetector, table: pd.DataFrame) -> None:
+    gaps = table.copy()
+    gaps.loc[::2, "b"] = np.nan
+    engine, rows = unlike.model_.engine, unlike.model_.encoder.encode(gaps)
+    others = replace(engine, model=copy.deepcopy(engine.model))
+    with torch.no_grad():
+        for parameter in others.model.parameters():
+            parameter[1] += 1.0
+    np.testing.assert_array_equal(engine.expected(rows), others.expected(rows))
+    draws = [own.draw(rows, 3, own.generator(0)) for own in (engine, others)]
+    np.testing.assert_array_equal(*draws)
+    assert not np.array_equal(engine.negative_elbo(rows), others.negative_elbo(rows))

@@ -93,10 +93,11 @@ def said(lines: Sequence[resumable.Line]) -> str:
 
 def digest(part: str, method: str, way: str, limits: Limits) -> str:
     """Of what a line depends on beside set, method, way and seed: our parameters, the limits on images."""
-    depends = [sorted(parameters_of(method, way, part == "a", limits).items())]
+    parameters = parameters_of(method, way, part == "a", limits)
+    depends = [resumable.digest(parameters)] if parameters else []
     if part == "a":
-        depends.append([limits.training_images, limits.test_images])
-    return hashlib.sha256(repr(depends).encode()).hexdigest()[:8] if any(depends) else ""
+        depends.append(f"{limits.training_images} {limits.test_images}")
+    return hashlib.sha256(" ".join(depends).encode()).hexdigest()[:8] if depends else ""
 
 
 def load(results: Path, limits: Limits) -> pd.DataFrame:

@@ -14,14 +14,17 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from anomaly_cvae import CVAEDetector
+
 Task = TypeVar("Task")
 Line = Mapping[str, Any]
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def digest(parameters: Mapping[str, Any]) -> str:
-    """Of the parameters that a line was measured with: lines of other ones are measured again."""
-    return hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]
+    """Of a detector's parameters, defaults included: lines that were measured with other ones are measured again."""
+    every = CVAEDetector(**parameters).get_params()
+    return hashlib.sha256(repr(sorted(every.items())).encode()).hexdigest()[:8]
 
 
 def one_thread() -> None:
