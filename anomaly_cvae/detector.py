@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from anomaly_cvae import bundle, checkpoints, explain
 from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
+from anomaly_cvae.devices import resolve_device
 from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, LIKELIHOODS_OF_PIXELS, Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
@@ -50,7 +51,7 @@ from anomaly_cvae.schema import (
     infer_condition,
     observed_classes,
 )
-from anomaly_cvae.scoring import Precision, resolve_device
+from anomaly_cvae.scoring import Precision
 from anomaly_cvae.training import PerMember, Training, TrainingSettings
 
 FLAGGED = -np.finfo(np.float64).tiny
@@ -121,7 +122,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     device : "auto", "cpu", "cuda", "mps"
     dtype : "float32" or "float64"
     mixed_precision : "training" takes products and convolutions in bfloat16 where the hardware has it, weights and
-        sums stay in ``dtype``; True does so in scores, too, which then agree with the others within 0.5 %
+        sums stay in ``dtype``; True does so in scores, too, which then agree with the others within 2 %
     random_state : int, RandomState or None; the only source of randomness
     verbose : 0 silent, 1 progress bar, 2 a line per epoch
 

@@ -17,19 +17,21 @@ from anomaly_cvae.calibration import HELD_OUT, rows_needed
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
-from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.frames import BoolArray, IntArray
+from anomaly_cvae.member_weights import fix_weights
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import (
     MAX_FITTED_ROWS,
     ROWS_PER_COMPONENT,
     AggregatePosterior,
     DiagonalNormal,
+    low_discrepancy_normal,
     number_of_components,
 )
 from anomaly_cvae.row_stream import RowStream
 from anomaly_cvae.rows import DeviceRows, class_conditions, tensor
 from anomaly_cvae.schema import Name, Schema
-from anomaly_cvae.scoring import Precision, ScoringEngine, low_discrepancy_normal
+from anomaly_cvae.scoring import Precision, ScoringEngine
 from anomaly_cvae.training import Epoch, Training, TrainingSettings, dealt, train
 
 MAX_CALIBRATION_ROWS = 10_000
@@ -44,8 +46,6 @@ VAMP_COMPONENTS = 64
 LEAST_VAMP_COMPONENTS = 8
 LABELLED_SHARE = 0.1
 """Least share of a batch that has a class, where only some rows have one."""
-LEAST_ROWS_OF_SPREAD = 20
-"""Held-out rows that say how far a network's scores spread; where there are fewer, training rows do."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def fit_model(
     model = FittedModel(encoder, engine, frequency)
     encoded = with_probable_class(model, encoded)
     fix_prior(engine, encoded.take(split.training), settings, int(seeds[3]))
-    fix_weights(engine, encoded, split)
+    fix_weights(engine, encoded, split.validation, split.training)
     calibrated = calibrate(model, encoded, split, settings, np.random.default_rng(seeds[4]))
     return Fit(calibrated, training, split)
 
@@ -160,32 +160,6 @@ def fix_prior(engine: ScoringEngine, encoded: Encoded, settings: FitSettings, se
         engine.aggregate.log_variance.copy_(learned.log_variance)
     else:
         fit_aggregate(engine, encoded, seed)
-
-
-def fix_weights(engine: ScoringEngine, encoded: Encoded, split: Split) -> None:
-    """Where members were trained unlike, let each count by one over the spread of its scores of normal rows.
-
-    With a small KL weight posteriors are narrow, and nats against the prior many: in a plain mean such a network
-    would decide alone. The spread is the interquartile range, which a few odd rows do not move. Any weights that
-    add to 1 leave the mean a bound on minus a log-density, that of the networks' normalised weighted product.
-    """
-    if engine.member_weights is None:
-        return
-    per_class = engine.members_per_class is not None
-    for k in range(engine.n_classes) if per_class else [0]:
-        known = encoded.class_index == k if per_class else encoded.class_index >= 0
-        held_out, own = (part[known[part]][:MAX_VALIDATION_ROWS] for part in (split.validation, split.training))
-        nats = engine.member_negative_elbo(encoded.take(held_out if len(held_out) >= LEAST_ROWS_OF_SPREAD else own))
-        engine.member_weights[engine.members_of(k)] = torch.as_tensor(by_spread(nats)).to(engine.member_weights)
-
-
-def by_spread(nats: FloatArray) -> FloatArray:
-    """Weights (M,) that add to 1, each one over the interquartile range of a column of ``nats`` (N, M)."""
-    spread = np.subtract(*np.quantile(nats, [0.75, 0.25], axis=0)) if len(nats) else np.zeros(nats.shape[1])
-    if not spread.min() > 0.0:
-        return np.full(len(spread), 1.0 / len(spread))
-    weights: FloatArray = 1.0 / spread / (1.0 / spread).sum()
-    return weights
 
 
 def calibrate(

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.stats import norm
 from torch import Tensor, nn
 
+from anomaly_cvae.frames import FloatArray
 from anomaly_cvae.likelihoods.base import wide
 
 MAX_COMPONENTS = 512
@@ -214,3 +216,14 @@ def _mean_by_label(values: np.ndarray, labels: np.ndarray, count: np.ndarray) ->
     np.add.at(total, labels, values)
     mean: np.ndarray = total / count[:, None]
     return mean
+
+
+def low_discrepancy_normal(n_samples: int, latent_dim: int, seed: int) -> FloatArray:
+    """Scrambled Sobol points mapped to N(0, I), (S, Z); from two samples on, mean 0 and variance 1 per unit."""
+    sobol = torch.quasirandom.SobolEngine(latent_dim, scramble=True, seed=seed)  # type: ignore[no-untyped-call]  # torch has no types here
+    points: FloatArray = norm.ppf(np.clip(sobol.draw(n_samples, dtype=torch.float64).numpy(), 1e-6, 1 - 1e-6))
+    if n_samples == 1:
+        return points
+    points = points - points.mean(axis=0)
+    standard: FloatArray = points / np.maximum(points.std(axis=0), 1e-6)
+    return standard

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from anomaly_cvae import CVAEDetector, presets
+from anomaly_cvae.devices import resolve_device
 from anomaly_cvae.encoding import Encoded, Encoder
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.fitting import Conditioning, FitSettings, PriorName, fit_model
@@ -21,9 +22,10 @@ from anomaly_cvae.frames import level_cells
 from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import StackedMLP, has_bfloat16
 from anomaly_cvae.objectives import elbo
+from anomaly_cvae.priors import low_discrepancy_normal
 from anomaly_cvae.rows import Batch
 from anomaly_cvae.schema import Schema, infer_column, infer_condition, observed_classes
-from anomaly_cvae.scoring import Limit, ScoringEngine, low_discrepancy_normal, resolve_device
+from anomaly_cvae.scoring import Limit, ScoringEngine
 from anomaly_cvae.training import TrainingSettings
 
 X_COLUMNS = ("temperature", "delay", "packets", "on", "colour")

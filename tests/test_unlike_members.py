@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import FittedColumn
-from anomaly_cvae.fitting import by_spread
+from anomaly_cvae.member_weights import by_spread
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
 from anomaly_cvae.rows import DeviceRows

@@ -20,6 +20,7 @@ from anomaly_cvae.batch.needs import text_columns
 from anomaly_cvae.batch.pictures import FILE, FOLDER, LABEL, OnFault
 from anomaly_cvae.batch.source import find_files, read_table
 from anomaly_cvae.detector import CVAEDetector
+from anomaly_cvae.devices import resolve_device
 from anomaly_cvae.errors import ConditionError, DataError, TrackingError
 from anomaly_cvae.fitting import now, who
 from anomaly_cvae.frames import IntArray
@@ -31,7 +32,6 @@ from anomaly_cvae.jobs.rows import collect
 from anomaly_cvae.jobs.tables import csv_format, digest, read_config_labels, require
 from anomaly_cvae.labels import ANOMALY, LEFT_OUT, NORMAL, UNKNOWN, Labels
 from anomaly_cvae.schema import Schema
-from anomaly_cvae.scoring import resolve_device
 
 MOST_ROWS_WITHOUT_LABELS = 50_000
 """Training rows that are scored to find the most surprising ones, where no label says what to evaluate."""
