@@ -24,6 +24,19 @@ CONFIG_OF = {
 
 
 @dataclass(frozen=True)
+class Task:
+    """A set and a seed."""
+
+    data: str
+    seed: int
+    place: Path
+    parameters: str
+
+    def __str__(self) -> str:
+        return f"{self.data}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
 class Case:
     """Normal rows and anomalies of one draw; ``elsewhere`` are normal rows of a test file drawn in another way."""
 

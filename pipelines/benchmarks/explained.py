@@ -38,19 +38,6 @@ KEY = ("data", "seed")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A set and a seed."""
-
-    data: str
-    seed: int
-    place: Path
-    parameters: str
-
-    def __str__(self) -> str:
-        return f"{self.data}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
 class Line:
     """``found``: share of the ``spoiled`` cells of a row among as many columns ranked first, mean over rows."""
 
@@ -106,7 +93,7 @@ def share_found(blame: np.ndarray, where: np.ndarray, many: int) -> np.ndarray:
     return found
 
 
-def run(task: Task) -> list[dict[str, object]]:
+def run(task: cases.Task) -> list[dict[str, object]]:
     """Fit once; spoil rows, and ask everyone which cells were spoiled."""
     case = cases.load(task.data, task.place)
     learned, fresh = cases.halves(case.normal, task.seed, ROWS)
@@ -176,7 +163,7 @@ def main() -> None:
     places = {name: place for name, place in cases.sets(arguments.folder).items() if serves(place)}
     names = cases.asked(parser, places, arguments.only)
     parameters = resumable.digest(presets.FAST)
-    tasks = [Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
+    tasks = [cases.Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
     table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     explained_page.write(arguments.output, table[table["parameters"] == parameters])
     print(f"written: {arguments.output}")

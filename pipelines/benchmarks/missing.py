@@ -33,19 +33,6 @@ KEY = ("data", "seed")
 
 
 @dataclass(frozen=True)
-class Task:
-    """A set and a seed."""
-
-    data: str
-    seed: int
-    place: Path
-    parameters: str
-
-    def __str__(self) -> str:
-        return f"{self.data}, seed {self.seed}"
-
-
-@dataclass(frozen=True)
 class Line:
     """A method's figures with a share of the test cells missing."""
 
@@ -55,7 +42,7 @@ class Line:
     average_precision: float
 
 
-def rows_of(task: Task) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+def rows_of(task: cases.Task) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
     """Training rows, test rows, and which of these are anomalies."""
     case = cases.load(task.data, task.place)
     train, fresh = cases.halves(case.normal, task.seed, len(case.normal))
@@ -74,7 +61,7 @@ def hide(shape: tuple[int, int], share: float, rng: np.random.Generator) -> np.n
     return hidden
 
 
-def run(task: Task) -> list[dict[str, object]]:
+def run(task: cases.Task) -> list[dict[str, object]]:
     """Learn from complete rows, score the same rows with more and more cells hidden."""
     train, test, is_anomaly = rows_of(task)
     rng = np.random.default_rng(task.seed)
@@ -137,7 +124,7 @@ def main() -> None:
     places |= cases.sets(arguments.folder)
     names = cases.asked(parser, places, arguments.only)
     parameters = resumable.digest(presets.FAST)
-    tasks = [Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
+    tasks = [cases.Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
     table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     missing_page.write(arguments.output, table[table["parameters"] == parameters])
     print(f"written: {arguments.output}")
