@@ -281,7 +281,7 @@ def score(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Score this many rows at most (all).")] = None,
     mixed_precision: Annotated[
-        bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree within 2 %.")
+        bool, typer.Option("--mixed-precision", help="Products in bfloat16: quicker, scores agree within some percent.")
     ] = False,
     backend: Annotated[
         Backend, typer.Option(help="What computes scores on a CPU; auto: ONNX Runtime for 20 million rows and more.")

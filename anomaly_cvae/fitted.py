@@ -147,7 +147,7 @@ class FittedModel:
             contamination=contamination,
             rows=rows,
             set_at=set_at,
-            tolerance=self.engine.tolerance,
+            tolerance=self.engine.tolerance_on(encoded),
             typical_nats=typical,
             set_by=set_by,
             parts=shape,

@@ -269,6 +269,12 @@ class CVAE(nn.Module):
         return Terms(self.log_prob(parameters, batch), prior.kl(posterior), z, posterior, prior)
 
     @property
+    def log_units(self) -> Tensor:
+        """Logarithm of the unit of every cell that has one, (D,); 0 for levels and counts."""
+        units = [getattr(head, "log_scale", torch.zeros(head.n_columns)) for head in self._heads()]
+        return torch.cat([unit.detach().cpu().double() for unit in units])
+
+    @property
     def has_table(self) -> bool:
         """Whether there are columns beside those of images."""
         return bool(self._table_heads())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 FAST: dict[str, Any] = {"hidden_dims": (128, 128), "max_steps": 1000, "batch_size": 128}
-"""Seconds on a laptop: for a first look, and for the demo."""
+"""Seconds on a laptop: for a first look; the demo has but the first of its two networks."""
 
 BALANCED: dict[str, Any] = {}
 """The defaults of `CVAEDetector`."""
@@ -15,6 +15,7 @@ BEST: dict[str, Any] = {"n_estimators": 8, "max_steps": 4000, "n_samples": 8}
 
 IMAGES: dict[str, Any] = {
     "n_estimators": 1,
+    "kl_weight": 1.0,
     "hidden_dims": (256,),
     "channels": (32, 64),
     "latent_dim": 32,

@@ -32,9 +32,8 @@ PADDED = ("cpu", "cuda")
 """Devices on which every new shape costs: a kernel per layer that is kept, or a captured graph."""
 Precision = Literal["float32", "bfloat16"]
 HALF_TOLERANCE = 5e-3
-"""Relative and absolute, of scores whose inner products are in bfloat16."""
-HALF_TOLERANCE_OF_UNLIKE = 2e-2
-"""The same where a network may have a small KL weight: its narrow posteriors magnify what is rounded."""
+"""Relative and absolute, of scores whose inner products are in bfloat16; narrow posteriors need more."""
+MOST_ROWS_OF_TOLERANCE = 1_000
 ROWS = ("values", "observed", "given", "continuous")
 """Parts of a piece's rows."""
 MOST_NARROW = np.iinfo(np.int16).max
@@ -129,9 +128,19 @@ class ScoringEngine:
         """How far, relative and absolute, two scores of one row may lie apart: rounding depends on the batch."""
         if self.noise.dtype == torch.float64:
             return 1e-10
+        return HALF_TOLERANCE if self.precision == "bfloat16" else 1e-5
+
+    def tolerance_on(self, encoded: Encoded) -> float:
+        """`tolerance`, but with products in bfloat16 at least twice what these rows' scores differ from float32's.
+
+        A network with a small KL weight has narrow posteriors, which magnify what is rounded.
+        """
         if self.precision != "bfloat16":
-            return 1e-5
-        return HALF_TOLERANCE if self.member_weights is None else HALF_TOLERANCE_OF_UNLIKE
+            return self.tolerance
+        rows = encoded.take(np.arange(min(len(encoded), MOST_ROWS_OF_TOLERANCE)))
+        exact = replace(self, precision="float32").negative_elbo(rows)
+        found = np.abs(self.negative_elbo(rows) - exact) / (1.0 + np.abs(exact))
+        return max(self.tolerance, 2.0 * float(found.max(initial=0.0)))
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Mean over members, by their weights, of the negative ELBO under each row's own class, (N,), nats.
@@ -215,7 +224,7 @@ class ScoringEngine:
         return ColumnScores(columns, np.where(empty, 0.0, kl))
 
     def negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
-        """-log p(x | c) by importance sampling, (N,), nats: the mean over members of minus the IWAE bound.
+        """-log p(x | c) by importance sampling, (N,), nats: the members' weighted mean of minus the IWAE bound.
 
         In expectation at least -log p(x | c), at most the negative ELBO, and nearer with more samples
         (Burda, Grosse and Salakhutdinov 2016, theorem 1).
@@ -329,7 +338,8 @@ class ScoringEngine:
     def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True) -> FloatArray:
         """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.
 
-        Each draw takes z as `expected` does and the cells from p(x | z, c) of a random member; without
+        Each draw takes z as `expected` does and the cells from p(x | z, c) of a random member, of the first if they
+        were trained unlike; without
         ``noise`` the cells are what p(x | z, c) expects.
         """
         values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)

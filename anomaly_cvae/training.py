@@ -173,8 +173,8 @@ class _Loop:
         # Of the largest weight, what each member has, (M, 1); None where they are alike.
         self.kl_shares: Tensor | None = None
         if len(set(kl_weights)) > 1:
-            self.kl_shares = torch.tensor(kl_weights, dtype=rows.values.dtype, device=device).reshape(-1, 1)
-            self.kl_shares /= self.largest_kl_weight
+            shares = [weight / self.largest_kl_weight for weight in kl_weights]
+            self.kl_shares = torch.tensor(shares, dtype=rows.values.dtype, device=device).reshape(-1, 1)
         self.rate: Weight = settings.learning_rate
         self.kl: Weight = self.largest_kl_weight
         if steps_are_alike:

@@ -15,6 +15,7 @@ from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.member_weights import by_spread
 from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
 from anomaly_cvae.rows import DeviceRows
 from anomaly_cvae.training import PerMember, TrainingSettings, train
@@ -73,9 +74,12 @@ def test_each_member_counts_by_one_over_the_spread_of_its_scores(unlike: CVAEDet
     weights = unlike.model_.engine.member_weights.double().numpy()
     assert weights.sum() == pytest.approx(1.0, abs=1e-6)
     nats = held_out_nats(unlike, table)
+    pump = (table["type"].iloc[unlike.split_.validation] == "pump").to_numpy()
+    for own in (pump, ~pump):
+        nats[own] -= np.median(nats[own], axis=0)
     spread = np.quantile(nats, 0.75, axis=0) - np.quantile(nats, 0.25, axis=0)
     assert abs(spread[1] / spread[0] - 1.0) > 0.05
-    np.testing.assert_allclose(weights * spread, weights[0] * spread[0], rtol=1e-5)
+    np.testing.assert_allclose(weights * spread, weights[0] * spread[0], rtol=0.02)
 
 
 def test_scores_columns_and_likelihoods_are_weighted_means_of_the_members(
@@ -102,7 +106,7 @@ def test_onnx_runtime_weighs_members_alike(unlike: CVAEDetector, table: pd.DataF
     pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'anomaly_cvae[onnx]'")
     rows = unlike.model_.encoder.encode(table)
     by_graphs = unlike.model_.engine.with_graphs().negative_elbo(rows)
-    np.testing.assert_allclose(by_graphs, unlike.negative_elbo(table), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_graphs, unlike.negative_elbo(table), rtol=1e-5, atol=1e-5)
 
 
 def test_networks_of_each_class_share_a_weight_of_one(table: pd.DataFrame) -> None:
@@ -127,6 +131,44 @@ def test_weights_follow_the_spread_whatever_a_few_rows_do() -> None:
     np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, 0.1], rtol=0.2)
     nats[:3, 0] = 1e9
     np.testing.assert_allclose(by_spread(nats), weights, rtol=0.05)
+
+
+def test_weights_do_not_depend_on_the_units_of_columns_and_classes(table: pd.DataFrame) -> None:
+    gaps = table.copy()
+    gaps.loc[np.random.default_rng(0).random(600) < 0.4, "a"] = np.nan
+    other = gaps.assign(a=gaps["a"] * 1e6, c=gaps["c"] - 300.0)
+    other.loc[other["type"] == "pump", list("abcd")] *= 1000.0
+    settings = {**SMALL, "kl_weight": (1.0, 0.01)}
+    weights = [CVAEDetector("type", **settings).fit(own).model_.engine.member_weights for own in (gaps, other)]
+    torch.testing.assert_close(*weights, rtol=0.1, atol=0.0)
+
+
+def test_weights_of_scores_that_are_mostly_alike_follow_the_standard_deviation() -> None:
+    nats = np.zeros((100, 2))
+    nats[:20] = np.random.default_rng(0).normal(size=(20, 2)) * [1.0, 4.0]
+    weights = by_spread(nats)
+    np.testing.assert_allclose(weights * nats.std(axis=0), weights[0] * nats[:, 0].std(), rtol=1e-12)
+
+
+def test_weights_that_are_alike_are_one_number(table: pd.DataFrame) -> None:
+    detector = CVAEDetector("type", kl_weight=(0.5, 0.5), input_noise=(0.1, 0.1, 0.2), **SMALL)
+    training = detector._fit_settings().training
+    assert (training.kl_weight, training.input_noise) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize("kl_weight", [(1.0, 0.01), 0.01])
+def test_thresholds_allow_for_what_bfloat16_does_to_narrow_posteriors(
+    table: pd.DataFrame, kl_weight: PerMember
+) -> None:
+    wide = {**SMALL, "hidden_dims": (32, 32, 32), "mixed_precision": True}
+    fitted = CVAEDetector("type", kl_weight=kl_weight, **wide).fit(table)
+    halved, rows = fitted.model_.engine, fitted.model_.encoder.encode(table)
+    exact = replace(halved, precision="float32").negative_elbo(rows)
+    differences = np.abs(halved.negative_elbo(rows) - exact) / (1.0 + np.abs(exact))
+    assert np.quantile(differences, 0.99) <= fitted.model_.calibration.tolerance
+    assert fitted.model_.calibration.tolerance >= halved.tolerance
+    if has_bfloat16(torch.device("cpu")) and kl_weight == 0.01:
+        assert fitted.model_.calibration.tolerance > 2.0 * halved.tolerance
 
 
 @pytest.mark.parametrize("nats", [np.zeros((0, 2)), np.zeros((5, 2)), np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])])
