@@ -59,6 +59,9 @@ FLAGGED = -np.finfo(np.float64).tiny
 
 
 MOST_FAULTS = 20
+UNLIKE_KL_WEIGHTS = (1.0, 0.1)
+"""Of the networks of a table without a condition, in turn. Told a condition, a network with a small weight ranked rows
+of most tables worse, and its nats say less of which column is to blame."""
 UNKNOWN_CLASS = "(unknown class)"
 """Where rows of a class not seen in training, or with a missing condition, are grouped."""
 
@@ -107,7 +110,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     train_samples : samples of z per row and training step
     kl_weight : weight of the KL in training and in the choice of the best weights, or several, dealt to the networks
         in turn; scores always use 1. A small one finds rows that are near no training row, but guesses worse what is
-        missing: of unlike networks the first fills in missing cells
+        missing: of unlike networks the first fills in missing cells. "auto": 1 and .1 for tables without a condition,
+        else 1
     free_bits : nats of KL per latent unit that cost nothing in training
     input_noise : standard deviation of training noise on real columns, in units of the column's own, or several,
         dealt to the networks in turn
@@ -164,7 +168,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         prior: str = "aggregate",
         objective: str = "elbo",
         train_samples: int = 1,
-        kl_weight: float | Sequence[float] = (1.0, 0.1),
+        kl_weight: float | Sequence[float] | str = "auto",
         free_bits: float = 0.0,
         input_noise: float | Sequence[float] = 0.1,
         mask_rate: float = 0.2,
@@ -440,7 +444,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             objective=objective(self.objective, self.train_samples, self.free_bits),
-            kl_weight=self._per_member(self.kl_weight),
+            kl_weight=self._per_member(self._kl_weight()),
             input_noise=self._per_member(self.input_noise),
             mask_rate=self.mask_rate,
             mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
@@ -469,6 +473,13 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
             with_parts=self.score_kind == "parts",
             precision="bfloat16" if self.mixed_precision is True else "float32",
         )
+
+    def _kl_weight(self) -> float | Sequence[float]:
+        if not isinstance(self.kl_weight, str):
+            return self.kl_weight
+        schema = self.schema_
+        is_plain = not (schema.conditions or schema.images or self.condition_on_observed)
+        return UNLIKE_KL_WEIGHTS if is_plain else 1.0
 
     def _per_member(self, value: float | Sequence[float]) -> PerMember:
         """Several numbers are dealt anew to the networks of every class; alike ones are one number."""

@@ -52,14 +52,16 @@ def _one_or_several(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return accept
 
 
+FROM_0_UP = _one_or_several(_number(0, np.inf, open_high=True))
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (_whole, "a whole number from 1 up")),
     "false_alarm_rate": (_number(0, 1, open_low=True, open_high=True), "a number in (0, 1)"),
     "free_bits": (_number(0, np.inf, open_high=True), "a number of nats from 0 up"),
-    **dict.fromkeys(
-        ("kl_weight", "input_noise"),
-        (_one_or_several(_number(0, np.inf, open_high=True)), "a number from 0 up, or a tuple of them"),
+    "kl_weight": (
+        lambda value: value == "auto" if isinstance(value, str) else FROM_0_UP(value),
+        "'auto', a number from 0 up, or a tuple of them",
     ),
+    "input_noise": (FROM_0_UP, "a number from 0 up, or a tuple of them"),
     "mask_rate": (_number(0, 1), "a number in [0, 1]"),
     "scale_floor": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),
     "learning_rate": (_number(0, np.inf, open_low=True, open_high=True), "a number above 0"),

@@ -151,9 +151,21 @@ def test_weights_of_scores_that_are_mostly_alike_follow_the_standard_deviation()
 
 
 def test_weights_that_are_alike_are_one_number(table: pd.DataFrame) -> None:
-    detector = CVAEDetector("type", kl_weight=(0.5, 0.5), input_noise=(0.1, 0.1, 0.2), **SMALL)
+    detector = CVAEDetector("type", kl_weight=(0.5, 0.5), input_noise=(0.1, 0.1, 0.2), **SMALL).fit(table)
     training = detector._fit_settings().training
     assert (training.kl_weight, training.input_noise) == (0.5, 0.1)
+
+
+def test_networks_differ_by_default_where_there_is_no_condition(table: pd.DataFrame) -> None:
+    few = {**SMALL, "max_steps": 5}
+    plain = CVAEDetector(ignore_columns=["type"], **few).fit(table)
+    assert plain._fit_settings().training.kl_weight == (1.0, 0.1)
+    assert plain.model_.engine.member_weights is not None
+    told = CVAEDetector("type", **few).fit(table)
+    assert told._fit_settings().training.kl_weight == 1.0
+    assert told.model_.engine.member_weights is None
+    seen = CVAEDetector(ignore_columns=["type"], condition_on_observed=True, **few).fit(table)
+    assert seen.model_.engine.member_weights is None
 
 
 @pytest.mark.parametrize("kl_weight", [(1.0, 0.01), 0.01])
