@@ -91,8 +91,8 @@ def introduction(table: pd.DataFrame, limits: Limits) -> list[str]:
         "seed draws splits, made-up distributions and images. One thing was decided by these figures (seed 10): that "
         "networks are alike where they are told a condition, as a second one with a KL weight of .1 ranked rows of "
         "NSL-KDD, AI4I and the made-up sets worse, of C-MAPSS better. Nothing else was tuned here; of AI4I, the digits "
-        "and NSL-KDD see [tables](tables.md), of the width of a pixel the study of MNIST (`pipelines/drawn_digits.py`). "
-        "How hard the made-up rows are was set by their true densities and peers before any of ours was run on them.",
+        "and NSL-KDD see [tables](tables.md), of the width of a pixel the study of MNIST (`pipelines/drawn_digits.py`)."
+        " How hard the made-up rows are was set by their true densities and peers before any of ours was run on them.",
     ]
     if (table["part"] == "a").any():
         lines += [
