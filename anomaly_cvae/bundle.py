@@ -25,8 +25,9 @@ from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.priors import AggregatePosterior
 from anomaly_cvae.scoring import Precision, ScoringEngine
 
-FORMAT_VERSION = 4
-"""2: thresholds say who set them. 3: images. 4: networks may count unequally. Earlier formats are read, too."""
+FORMAT_VERSION = 5
+"""2: thresholds say who set them. 3: images. 4: networks may count unequally. 5: so may their parts; classes have linear
+paths. Earlier formats are read, too."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"
@@ -236,8 +237,8 @@ def _write(bundle: Bundle, folder: Path) -> None:
 def _weights(engine: ScoringEngine) -> dict[str, torch.Tensor]:
     weights = {f"model.{name}": value for name, value in engine.model.state_dict().items()}
     weights["noise"] = engine.noise
-    if engine.member_weights is not None:
-        weights["member_weights"] = engine.member_weights
+    if engine.part_weights is not None:
+        weights["part_weights"] = engine.part_weights
     if engine.class_table is not None:
         weights["class_table"] = engine.class_table
     if engine.scaling is not None:
@@ -265,7 +266,7 @@ def _load_engine(
         aggregate = AggregatePosterior(*description["aggregate_shape"]).to(dtype=dtype)
         aggregate.load_state_dict(_with_prefix(weights, "aggregate."))
         aggregate = aggregate.to(device)
-    table, counts, scaling = weights.get("class_table"), weights.get("member_weights"), None
+    table, counts, scaling = weights.get("class_table"), weights.get("part_weights"), None
     if table is not None:
         model.class_table = table
     if "class_scale" in weights:
@@ -278,18 +279,20 @@ def _load_engine(
         members_per_class=description["members_per_class"],
         aggregate=aggregate,
         scaling=scaling,
-        member_weights=None if counts is None else counts.to(device),
+        part_weights=None if counts is None else counts.to(device),
         precision=precision,
     )
 
 
 def _in_todays_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of formats 1 and 2 under the names of format 3."""
+    """Weights of earlier formats under the names of this one."""
     new = {"model.encoder.": "model.encoder.mlp.", "model.decoder.": "model.decoder.mlp."}
     renamed = {}
     for name, value in weights.items():
         old = next((prefix for prefix in new if name.startswith((f"{prefix}layers.", f"{prefix}skip"))), None)
         renamed[name if old is None else name.replace(old, new[old], 1)] = value
+    if "member_weights" in renamed:  # format 4: a network counted as a whole
+        renamed["part_weights"] = renamed.pop("member_weights").unsqueeze(1).repeat(1, 2)
     return renamed
 
 

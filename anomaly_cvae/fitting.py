@@ -18,8 +18,8 @@ from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, IntArray
-from anomaly_cvae.member_weights import fix_weights
 from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.part_weights import fix_part_weights
 from anomaly_cvae.priors import (
     MAX_FITTED_ROWS,
     ROWS_PER_COMPONENT,
@@ -132,7 +132,7 @@ def fit_model(
     model = FittedModel(encoder, engine, frequency)
     encoded = with_probable_class(model, encoded)
     fix_prior(engine, encoded.take(split.training), settings, int(seeds[3]))
-    fix_weights(engine, encoded, split.validation, split.training)
+    fix_part_weights(engine, encoded, split.validation, split.training)
     calibrated = calibrate(model, encoded, split, settings, np.random.default_rng(seeds[4]))
     return Fit(calibrated, training, split)
 
@@ -310,7 +310,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         members_per_class=settings.n_estimators if per_class else None,
         aggregate=None if aggregate is None else aggregate.to(device=device, dtype=dtype),
         scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if scaled else None,
-        member_weights=torch.ones(n_members, dtype=dtype, device=device) / settings.n_estimators if unlike else None,
+        part_weights=torch.ones(n_members, 2, dtype=dtype, device=device) / settings.n_estimators if unlike else None,
         precision=settings.precision,
     )
 

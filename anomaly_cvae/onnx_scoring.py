@@ -50,12 +50,13 @@ class ClassInputs:
 
 
 class NegativeElbo(nn.Module):
-    """Encoded complete rows (N, D) of one class to nats (N,): the mean over some members, by their weights."""
+    """Encoded complete rows (N, D) of one class to nats (N,): the mean over some members, by the weights of their parts."""
 
     def __init__(self, model: CVAE, noise: Tensor, members: slice, weights: Tensor | None) -> None:
         super().__init__()
         n = members.stop - members.start
-        self.weights = [1.0 / n] * n if weights is None else weights[members].tolist()
+        parts = [[1.0 / n] * 2] * n if weights is None else weights[members].tolist()
+        self.weights, self.kl_weights = [own for own, _ in parts], [kl / own for own, kl in parts]
         self.model, self.members = model, range(members.start, members.stop)
         self.register_buffer("noise", noise)
 
@@ -78,8 +79,8 @@ class NegativeElbo(nn.Module):
             one, prior = slice(place, place + 1), None
             if log_weight is not None and mean is not None and log_variance is not None:
                 prior = Mixture(log_weight[one], mean[one], log_variance[one])
-            bound = elbo(self.model.terms(batch, noise, members=slice(m, m + 1), prior=prior))[0]
-            total = total - self.weights[place] * bound
+            terms = self.model.terms(batch, noise, members=slice(m, m + 1), prior=prior)
+            total = total - self.weights[place] * elbo(terms, self.kl_weights[place])[0]
         return total
 
 
@@ -97,7 +98,7 @@ class OnnxBank:
 
     @classmethod
     def of(cls, model: CVAE, noise: Tensor, weights: Tensor | None = None) -> OnnxBank:
-        """Graphs of this model, whose members count by ``weights`` (M,).
+        """Graphs of this model, whose members' parts count by ``weights`` (M, 2).
 
         Raises
         ------

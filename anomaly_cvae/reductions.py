@@ -12,29 +12,34 @@ from anomaly_cvae.objectives import accumulator, elbo
 from anomaly_cvae.rows import Batch
 
 Reduction = Callable[[Terms, Tensor | None], tuple[Tensor, ...]]
-"""From terms, and the weights of their members, to tensors whose first axis is that of the rows."""
+"""From terms, and the weights (M, 2) of their members' parts, to tensors whose first axis is that of the rows."""
 
 
 def negative_elbo(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
     """Mean over members, (N,)."""
-    return (over_members(-elbo(terms), weights),)
+    if weights is None:
+        return ((-elbo(terms)).mean(0),)
+    own = weights.unsqueeze(-1).to(terms.log_prob)
+    return (over_members(-elbo(terms, own[:, 1] / own[:, 0]), weights),)
 
 
-def member_negative_elbo(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
-    """Of every member, (N, M)."""
-    return ((-elbo(terms)).mT,)
+def member_parts(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
+    """Reconstruction and KL of every member, (N, M, 2)."""
+    wide = accumulator(terms.log_prob)
+    reconstruction = -terms.log_prob.sum(-1, dtype=wide).mean(1)
+    return (torch.stack([reconstruction.mT, terms.kl.sum(-1, dtype=wide).mT], dim=-1),)
 
 
 def columns_and_kl(terms: Terms, weights: Tensor | None) -> tuple[Tensor, ...]:
     """Nats per column (N, D) and of the KL (N,), means over members."""
     wide = accumulator(terms.log_prob)
     columns = over_members(-terms.log_prob.mean(dim=1, dtype=wide), weights)
-    return columns, over_members(terms.kl.sum(-1, dtype=wide), weights)
+    return columns, over_members(terms.kl.sum(-1, dtype=wide), weights, part=1)
 
 
-def over_members(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean over the first axis, (M, …), by weights (M,)."""
-    return values.mean(0) if weights is None else torch.tensordot(weights.to(values), values, dims=1)
+def over_members(values: Tensor, weights: Tensor | None, part: int = 0) -> Tensor:
+    """Mean over the first axis, (M, …), by the weights (M, 2) of reconstructions (part 0) or of the KL (part 1)."""
+    return values.mean(0) if weights is None else torch.tensordot(weights[:, part].to(values), values, dims=1)
 
 
 def spread(cells: Tensor, batch: Batch) -> Tensor:

@@ -95,7 +95,8 @@ class ScoringEngine:
     noise : (S, Z) fixed low-discrepancy points, stored with the model
     aggregate : the prior at scoring time; None for the training prior
     scaling : location and scale of the real columns per class; None without classes
-    member_weights : (M,) what each member counts in scores, of those that know a class in all 1; None: all alike
+    part_weights : (M, 2) what each member's reconstruction and KL count in scores, the former of those that know a
+        class in all 1; None: all alike, and the KL as much as the reconstruction
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `tolerance`
     graphs : what scores complete rows in the place of torch; None: torch does
@@ -110,7 +111,7 @@ class ScoringEngine:
     members_per_class: int | None = None
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
-    member_weights: Tensor | None = None
+    part_weights: Tensor | None = None
     precision: Precision = "float32"
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
@@ -143,7 +144,7 @@ class ScoringEngine:
         return max(self.tolerance, 2.0 * float(found.max(initial=0.0)))
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
-        """Mean over members, by their weights, of the negative ELBO under each row's own class, (N,), nats.
+        """Mean over members, by the weights of their parts, of the negative ELBO under each row's own class, (N,), nats.
 
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
@@ -170,7 +171,7 @@ class ScoringEngine:
             raise ParameterError("backend='onnx' computes in float32: leave out mixed_precision, or the backend")
         if self.class_table is not None and self.class_table.shape[1] < self.model.architecture.n_conditions:
             raise ParameterError("backend='onnx' cannot be used: rows with continuous conditions are scored by torch")
-        graphs = OnnxBank.of(self.model, self.noise, self.member_weights)
+        graphs = OnnxBank.of(self.model, self.noise, self.part_weights)
         for k in range(self.n_graphs):
             graphs.scorer(self.members_of(k), self._class_inputs(k))
         return replace(self, graphs=graphs)
@@ -209,12 +210,12 @@ class ScoringEngine:
         ]
         return np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
 
-    def member_negative_elbo(self, encoded: Encoded) -> FloatArray:
-        """The same of every member that knows each row's class, (N, M or the members of a class)."""
+    def member_parts(self, encoded: Encoded) -> FloatArray:
+        """Reconstruction and KL of every member that knows each row's class, (N, M or the members of a class, 2)."""
         members = self.members_of(0)
-        scores = np.zeros((len(encoded), members.stop - members.start))
-        self._reduce(encoded, reductions.member_negative_elbo, (scores,))
-        return scores
+        parts = np.zeros((len(encoded), members.stop - members.start, 2))
+        self._reduce(encoded, reductions.member_parts, (parts,))
+        return parts
 
     def column_scores(self, encoded: Encoded) -> ColumnScores:
         """The exact decomposition of `negative_elbo`."""
@@ -226,8 +227,8 @@ class ScoringEngine:
     def negative_log_likelihood(self, encoded: Encoded, n_samples: int, seed: int = 0) -> FloatArray:
         """-log p(x | c) by importance sampling, (N,), nats: the members' weighted mean of minus the IWAE bound.
 
-        In expectation at least -log p(x | c), at most the negative ELBO, and nearer with more samples
-        (Burda, Grosse and Salakhutdinov 2016, theorem 1).
+        In expectation at least -log p(x | c), at most the negative ELBO (of a bank without `part_weights`), and nearer
+        with more samples (Burda, Grosse and Salakhutdinov 2016, theorem 1).
         """
         nats = np.zeros(len(encoded))
         noise = torch.randn(
@@ -433,12 +434,12 @@ class ScoringEngine:
 
         A network with a small KL weight is sure of its z even where cells are missing, and puts in worse values.
         """
-        if self.member_weights is None:
+        if self.part_weights is None:
             return chunk
         return replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
 
     def _weights_of(self, members: slice) -> Tensor | None:
-        return None if self.member_weights is None else self.member_weights[members]
+        return None if self.part_weights is None else self.part_weights[members]
 
     def condition(self, k: int, continuous: FloatArray) -> Tensor | None:
         """Condition vectors of rows of class ``k``, (1, N or 1, C)."""

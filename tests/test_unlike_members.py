@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomaly_cvae import CVAEDetector
+from anomaly_cvae import CVAEDetector, bundle
 from anomaly_cvae.encoding import FittedColumn
-from anomaly_cvae.member_weights import by_spread, without_units
+from anomaly_cvae.part_weights import MOST_UNEQUAL, by_spread, parts_without_units
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
@@ -65,34 +65,51 @@ def unlike(table: pd.DataFrame) -> CVAEDetector:
     return CVAEDetector("type", kl_weight=(1.0, 0.01), **SMALL).fit(table)
 
 
-def held_out_nats(detector: CVAEDetector, table: pd.DataFrame) -> np.ndarray:
-    rows = table.iloc[detector.split_.validation]
-    return detector.model_.engine.member_negative_elbo(detector.model_.encoder.encode(rows))
-
-
-def test_each_member_counts_by_one_over_the_spread_of_its_scores(unlike: CVAEDetector, table: pd.DataFrame) -> None:
-    weights = unlike.model_.engine.member_weights.double().numpy()
-    assert weights.sum() == pytest.approx(1.0, abs=1e-6)
-    nats = held_out_nats(unlike, table)
-    pump = (table["type"].iloc[unlike.split_.validation] == "pump").to_numpy()
+def test_each_part_counts_by_one_over_its_spread(unlike: CVAEDetector, table: pd.DataFrame) -> None:
+    weights = unlike.model_.engine.part_weights.double().numpy()
+    assert weights[:, 0].sum() == pytest.approx(1.0, abs=1e-6)
+    rows = table.iloc[unlike.split_.validation]
+    parts = unlike.model_.engine.member_parts(unlike.model_.encoder.encode(rows))
+    pump = (rows["type"] == "pump").to_numpy()
     for own in (pump, ~pump):
-        nats[own] -= np.median(nats[own], axis=0)
-    spread = np.quantile(nats, 0.75, axis=0) - np.quantile(nats, 0.25, axis=0)
-    assert abs(spread[1] / spread[0] - 1.0) > 0.05
-    np.testing.assert_allclose(weights * spread, weights[0] * spread[0], rtol=0.02)
+        parts[own] -= np.median(parts[own], axis=0)
+    spread = parts.clip(*np.quantile(parts, [0.05, 0.95], axis=0)).std(axis=0)
+    assert spread.max() / spread.min() > 1.5
+    np.testing.assert_allclose(weights * spread, weights[0, 0] * spread[0, 0], rtol=0.02)
 
 
-def test_scores_columns_and_likelihoods_are_weighted_means_of_the_members(
+def test_scores_columns_and_likelihoods_are_weighted_sums_of_the_members_parts(
     unlike: CVAEDetector, table: pd.DataFrame
 ) -> None:
     engine, rows = unlike.model_.engine, unlike.model_.encoder.encode(table)
-    weights = engine.member_weights.double().numpy()
+    weights, parts = engine.part_weights.double().numpy(), engine.member_parts(rows)
     scores = unlike.negative_elbo(table)
-    np.testing.assert_allclose(scores, engine.member_negative_elbo(rows) @ weights, rtol=1e-5)
-    np.testing.assert_allclose(unlike.explain(table).sum(axis=1), scores, rtol=1e-5)
-    alone = [replace(engine, member_weights=torch.eye(2)[m]).negative_log_likelihood(rows, 16) for m in range(2)]
-    np.testing.assert_allclose(engine.negative_log_likelihood(rows, 16), weights @ np.array(alone), rtol=1e-5)
-    assert not np.allclose(scores, engine.member_negative_elbo(rows).mean(axis=1), rtol=1e-3)
+    np.testing.assert_allclose(scores, (parts * weights).sum(axis=(1, 2)), rtol=1e-5, atol=1e-5)
+    blamed = unlike.explain(table)
+    np.testing.assert_allclose(blamed.sum(axis=1), scores, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(blamed["kl"], parts[:, :, 1] @ weights[:, 1], rtol=1e-5)
+    alone = []
+    for m in range(2):
+        only = torch.zeros(2, 2)
+        only[m] = 1.0
+        # The weights of the KL are in relation to those of the reconstruction: not 0 / 0 for the other one.
+        only[1 - m] = 1e-12
+        alone.append(replace(engine, part_weights=only).negative_log_likelihood(rows, 16))
+    np.testing.assert_allclose(engine.negative_log_likelihood(rows, 16), weights[:, 0] @ np.array(alone), rtol=1e-5)
+    assert not np.allclose(scores, parts.sum(axis=2).mean(axis=1), rtol=1e-3)
+
+
+def test_a_bank_saved_when_networks_counted_as_wholes_scores_as_it_did(
+    unlike: CVAEDetector, table: pd.DataFrame, tmp_path, monkeypatch
+) -> None:
+    counts = torch.tensor([0.8, 0.2])
+    saved = bundle._weights
+    old = {**saved(unlike.model_.engine), "member_weights": counts}
+    del old["part_weights"]
+    monkeypatch.setattr(bundle, "_weights", lambda engine: old)
+    loaded = CVAEDetector.load(unlike.save(tmp_path / "model"))
+    expected = unlike.model_.engine.member_parts(unlike.model_.encoder.encode(table)).sum(axis=2) @ counts.numpy()
+    np.testing.assert_allclose(loaded.negative_elbo(table), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_are_saved_with_the_model(unlike: CVAEDetector, table: pd.DataFrame, tmp_path) -> None:
@@ -111,7 +128,7 @@ def test_onnx_runtime_weighs_members_alike(unlike: CVAEDetector, table: pd.DataF
 
 def test_networks_of_each_class_share_a_weight_of_one(table: pd.DataFrame) -> None:
     fitted = CVAEDetector("type", kl_weight=(1.0, 0.01), conditioning="per_class", **SMALL).fit(table)
-    weights = fitted.model_.engine.member_weights.double().numpy().reshape(2, 2)
+    weights = fitted.model_.engine.part_weights.double().numpy()[:, 0].reshape(2, 2)
     np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-6)
     assert (np.abs(weights[:, 0] - weights[:, 1]) > 0.01).all()
     assert weights[0, 0] != weights[1, 0]
@@ -119,18 +136,25 @@ def test_networks_of_each_class_share_a_weight_of_one(table: pd.DataFrame) -> No
 
 def test_members_that_are_trained_alike_count_alike(table: pd.DataFrame) -> None:
     fitted = CVAEDetector("type", kl_weight=(0.5, 0.5), **SMALL).fit(table)
-    assert fitted.model_.engine.member_weights is None
+    assert fitted.model_.engine.part_weights is None
     one = CVAEDetector("type", kl_weight=(0.5, 0.1), **{**SMALL, "n_estimators": 1}).fit(table)
-    assert one.model_.engine.member_weights is None
+    assert one.model_.engine.part_weights is None
 
 
 def test_weights_follow_the_spread_whatever_a_few_rows_do() -> None:
-    nats = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 2.0, 10.0] + [0.0, 50.0, -7.0]
-    weights = by_spread(nats)
-    assert weights.sum() == pytest.approx(1.0)
-    np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, 0.1], rtol=0.2)
-    nats[:3, 0] = 1e9
-    np.testing.assert_allclose(by_spread(nats), weights, rtol=0.05)
+    scales = np.array([[1.0, 0.5], [2.0, 3.0], [10.0, 10.0]])
+    parts = np.random.default_rng(0).normal(size=(400, 3, 2)) * scales + [[0.0, 9.0], [50.0, 1.0], [-7.0, 0.0]]
+    weights = by_spread(parts)
+    assert weights[:, 0].sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(weights / weights[0, 0], 1.0 / scales, rtol=0.2)
+    parts[:3, 0] = 1e9
+    np.testing.assert_allclose(by_spread(parts), weights, rtol=0.05)
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(1e-6, MOST_UNEQUAL), (0.0, 1.0), (1e6, 1.0 / MOST_UNEQUAL)])
+def test_a_kl_that_hardly_moves_does_not_decide_alone(spread: float, expected: float) -> None:
+    parts = np.random.default_rng(0).normal(size=(400, 1, 2)) * [1.0, spread]
+    np.testing.assert_allclose(by_spread(parts), [[1.0, expected]])
 
 
 def test_weights_do_not_depend_on_the_units_of_columns(table: pd.DataFrame) -> None:
@@ -139,18 +163,18 @@ def test_weights_do_not_depend_on_the_units_of_columns(table: pd.DataFrame) -> N
     other = gaps.assign(a=gaps["a"] * 1e6, c=gaps["c"] / 1e3)
     fits = [CVAEDetector("type", kl_weight=(1.0, 0.01), **SMALL).fit(own) for own in (gaps, other)]
     nats = [
-        without_units(fitted.model_.engine, fitted.model_.encoder.encode(own))
+        parts_without_units(fitted.model_.engine, fitted.model_.encoder.encode(own))
         for fitted, own in zip(fits, (gaps, other), strict=True)
     ]
     np.testing.assert_allclose(nats[0], nats[1], rtol=0.02, atol=0.1)
-    torch.testing.assert_close(*(fitted.model_.engine.member_weights for fitted in fits), rtol=0.1, atol=0.0)
+    torch.testing.assert_close(*(fitted.model_.engine.part_weights for fitted in fits), rtol=0.1, atol=0.0)
 
 
 def test_weights_of_scores_that_are_mostly_alike_follow_the_standard_deviation() -> None:
-    nats = np.zeros((100, 2))
-    nats[:20] = np.random.default_rng(0).normal(size=(20, 2)) * [1.0, 4.0]
-    weights = by_spread(nats)
-    np.testing.assert_allclose(weights * nats.std(axis=0), weights[0] * nats[:, 0].std(), rtol=1e-12)
+    parts = np.zeros((100, 2, 2))
+    parts[:5] = np.random.default_rng(0).normal(size=(5, 2, 2)) * [[1.0, 2.0], [4.0, 8.0]]
+    weights = by_spread(parts)
+    np.testing.assert_allclose(weights * parts.std(axis=0), weights[0, 0] * parts[:, 0, 0].std(), rtol=1e-12)
 
 
 def test_weights_that_are_alike_are_one_number(table: pd.DataFrame) -> None:
@@ -163,12 +187,12 @@ def test_networks_differ_by_default_where_there_is_no_condition(table: pd.DataFr
     few = {**SMALL, "max_steps": 5}
     plain = CVAEDetector(ignore_columns=["type"], **few).fit(table)
     assert plain._fit_settings().training.kl_weight == (1.0, 0.1)
-    assert plain.model_.engine.member_weights is not None
+    assert plain.model_.engine.part_weights is not None
     told = CVAEDetector("type", **few).fit(table)
     assert told._fit_settings().training.kl_weight == 1.0
-    assert told.model_.engine.member_weights is None
+    assert told.model_.engine.part_weights is None
     seen = CVAEDetector(ignore_columns=["type"], condition_on_observed=True, **few).fit(table)
-    assert seen.model_.engine.member_weights is None
+    assert seen.model_.engine.part_weights is None
 
 
 @pytest.mark.parametrize("kl_weight", [(1.0, 0.01), 0.01])
@@ -186,9 +210,10 @@ def test_thresholds_allow_for_what_bfloat16_does_to_narrow_posteriors(
         assert fitted.model_.calibration.tolerance > 2.0 * halved.tolerance
 
 
-@pytest.mark.parametrize("nats", [np.zeros((0, 2)), np.zeros((5, 2)), np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])])
-def test_scores_without_spread_say_nothing_about_weights(nats: np.ndarray) -> None:
-    np.testing.assert_array_equal(by_spread(nats), [0.5, 0.5])
+@pytest.mark.parametrize("parts", [np.zeros((0, 2, 2)), np.zeros((5, 2, 2)), np.arange(3.0)[:, None, None] * np.eye(2)])
+def test_parts_without_spread_say_nothing_about_weights(parts: np.ndarray) -> None:
+    expected = np.full((2, 2), 0.5)
+    np.testing.assert_array_equal(by_spread(parts), expected)
 
 
 def test_the_first_network_fills_in_missing_cells(unlike: CVAEDetector, table: pd.DataFrame) -> None:
