@@ -26,8 +26,8 @@ from anomaly_cvae.priors import AggregatePosterior
 from anomaly_cvae.scoring import Precision, ScoringEngine
 
 FORMAT_VERSION = 5
-"""2: thresholds say who set them. 3: images. 4: networks may count unequally. 5: so may their parts; classes have linear
-paths. Earlier formats are read, too."""
+"""2: thresholds say who set them. 3: images. 4: networks may count unequally. 5: so may their parts, and classes have
+linear paths. Earlier formats are read, too."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 MODEL = "model.json"

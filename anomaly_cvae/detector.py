@@ -89,9 +89,13 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     contamination : "auto": thresholds hold ``false_alarm_rate`` on held-out normals; a float in (0, 0.5]:
         that share of the rows of `fit` is flagged, as elsewhere in scikit-learn
     false_alarm_rate : share of normals, per class, that may be flagged
-    n_estimators : networks per class (or in all, when shared); scores are their mean, where they are trained unlike
-        (``kl_weight``, ``input_noise``) by weights of one over the spread of each one's scores of held-out rows
-        (training rows where fewer than 20 are held out)
+    n_estimators : networks per class (or in all, when shared)
+    part_weights : how a score sums the reconstruction and the KL of every network: "alike", the mean of negative ELBOs;
+        "spread", each part by one over its spread over held-out rows (training rows where fewer than 20 are held
+        out), reconstructions' weights adding to 1, which is no bound on -log p(x | c); "auto": "spread" where networks
+        are trained unlike (``kl_weight``, ``input_noise``), else "alike"
+    linear_start : where classes share networks, each class has a linear path of its own through them, which begins at
+        a factor analysis of its rows (at most 128 real columns); without, all that classes differ by is learned
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
     likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
@@ -109,7 +113,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
     kl_weight : weight of the KL in training and in the choice of the best weights, or several, dealt to the networks
-        in turn; scores always use 1. A small one finds rows that are near no training row, but guesses worse what is
+        in turn; scores do not use it. A small one finds rows that are near no training row, but guesses worse what is
         missing: of unlike networks the first fills in missing cells. "auto": 1 and .1 for tables without a condition,
         else 1
     free_bits : nats of KL per latent unit that cost nothing in training
@@ -157,6 +161,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         contamination: float | str = "auto",
         false_alarm_rate: float = 0.01,
         n_estimators: int = 2,
+        part_weights: str = "auto",
+        linear_start: bool = True,
         latent_dim: int | str = "auto",
         hidden_dims: Sequence[int] = (256, 256),
         likelihoods: str | Mapping[Name, str] = "auto",
@@ -196,6 +202,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         self.contamination = contamination
         self.false_alarm_rate = false_alarm_rate
         self.n_estimators = n_estimators
+        self.part_weights = part_weights
+        self.linear_start = linear_start
         self.latent_dim = latent_dim
         self.hidden_dims = hidden_dims
         self.likelihoods = likelihoods
@@ -455,6 +463,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         return FitSettings(
             conditioning=self.conditioning,  # type: ignore[arg-type]  # checked by check_parameters
             n_estimators=self.n_estimators,
+            part_weights=self.part_weights,  # type: ignore[arg-type]  # checked by check_parameters
+            linear_start=self.linear_start,
             latent_dim=None if isinstance(self.latent_dim, str) else self.latent_dim,
             hidden_dims=tuple(self.hidden_dims),
             prior=self.prior,  # type: ignore[arg-type]  # checked by check_parameters

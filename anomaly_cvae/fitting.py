@@ -40,6 +40,7 @@ MAX_AUTO_LATENT_DIM = 32
 LEAST_ROWS_PER_NETWORK = 10
 
 Conditioning = Literal["shared", "per_class"]
+PartWeights = Literal["auto", "alike", "spread"]
 PriorName = Literal["aggregate", "standard", "learned", "vamp"]
 VAMP_COMPONENTS = 64
 """Pseudo-inputs of a VampPrior, over all classes; at least `LEAST_VAMP_COMPONENTS` for each."""
@@ -70,6 +71,8 @@ class FitSettings:
     inference_head: bool = False
     condition_on_observed: bool = False
     with_parts: bool = False
+    part_weights: PartWeights = "auto"
+    linear_start: bool = True
     precision: Precision = "float32"
 
 
@@ -299,6 +302,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
     scaled = n_classes > 1 and bool(encoder.is_real.any()) and not settings.inference_head
     own = (dealt(each, settings.n_estimators) for each in (settings.training.kl_weight, settings.training.input_noise))
     unlike = any(len(set(numbers)) > 1 for numbers in own)
+    weighed = settings.part_weights == "spread" or (settings.part_weights == "auto" and unlike)
     class_table = None if table is None else tensor(table, device, dtype)
     if class_table is not None:
         model.class_table = class_table
@@ -310,7 +314,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         members_per_class=settings.n_estimators if per_class else None,
         aggregate=None if aggregate is None else aggregate.to(device=device, dtype=dtype),
         scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if scaled else None,
-        part_weights=torch.ones(n_members, 2, dtype=dtype, device=device) / settings.n_estimators if unlike else None,
+        part_weights=torch.ones(n_members, 2, dtype=dtype, device=device) / settings.n_estimators if weighed else None,
         precision=settings.precision,
     )
 

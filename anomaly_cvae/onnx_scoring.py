@@ -50,7 +50,7 @@ class ClassInputs:
 
 
 class NegativeElbo(nn.Module):
-    """Encoded complete rows (N, D) of one class to nats (N,): the mean over some members, by the weights of their parts."""
+    """Encoded complete rows (N, D) of one class to nats (N,): the mean over members, by the weights of their parts."""
 
     def __init__(self, model: CVAE, noise: Tensor, members: slice, weights: Tensor | None) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "unseen_class": ("raise", "anomaly", "marginal"),
     "missing_condition": ("raise", "marginal"),
     "score_kind": ("elbo", "contrast", "both", "parts"),
+    "part_weights": ("auto", "alike", "spread"),
+    "linear_start": (True, False),
     "prior": ("aggregate", "standard", "learned", "vamp"),
     "objective": ("elbo", "iwae", "semi_supervised", "hybrid", "vae_gan"),
     "mask_shapes": ("mixed", "quadrants", "cells"),

@@ -1,4 +1,4 @@
-"""How much the reconstruction and the KL of each network of a bank count, where networks were trained unlike."""
+"""How much the reconstruction and the KL of each network of a bank count in scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_UNEQUAL = 10.0
 
 
 def fix_part_weights(engine: ScoringEngine, encoded: Encoded, validation: IntArray, training: IntArray) -> None:
-    """Where members were trained unlike, let each part of each member count by one over its spread over normal rows.
+    """Where the engine has weights, let each part of each member count by one over its spread over normal rows.
 
     With a small KL weight posteriors are narrow, and nats against the prior many: in a plain sum such a network's KL
     would decide alone. Sums of parts on one scale are the combined index of process monitoring (Yue and Qin 2001:

@@ -144,7 +144,7 @@ class ScoringEngine:
         return max(self.tolerance, 2.0 * float(found.max(initial=0.0)))
 
     def negative_elbo(self, encoded: Encoded) -> FloatArray:
-        """Mean over members, by the weights of their parts, of the negative ELBO under each row's own class, (N,), nats.
+        """Mean over members, by their parts' weights, of the negative ELBO under each row's own class, (N,), nats.
 
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """

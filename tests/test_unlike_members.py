@@ -228,3 +228,13 @@ def test_the_first_network_fills_in_missing_cells(unlike: CVAEDetector, table: p
     draws = [own.draw(rows, 3, own.generator(0)) for own in (engine, others)]
     np.testing.assert_array_equal(*draws)
     assert not np.array_equal(engine.negative_elbo(rows), others.negative_elbo(rows))
+
+
+def test_parts_count_alike_or_by_their_spread_as_asked(table: pd.DataFrame) -> None:
+    alike = CVAEDetector("type", kl_weight=(1.0, 0.01), part_weights="alike", **SMALL).fit(table)
+    assert alike.model_.engine.part_weights is None
+    one = CVAEDetector("type", part_weights="spread", **{**SMALL, "n_estimators": 1}).fit(table)
+    parts = one.model_.engine.member_parts(one.model_.encoder.encode(table))[:, 0]
+    kl = float(one.model_.engine.part_weights[0, 1])
+    assert abs(kl - 1.0) > 0.05
+    np.testing.assert_allclose(one.negative_elbo(table), parts[:, 0] + kl * parts[:, 1], rtol=1e-5, atol=1e-5)

@@ -44,6 +44,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "one network, KL weight 1": {"n_estimators": 1, "kl_weight": 1.0},
     "KL weight 1": {"kl_weight": 1.0},
     "KL weight .1": {"kl_weight": 0.1},
+    "parts as they are": {"part_weights": "alike"},
     "KL weights 1 and .3": {"kl_weight": (1.0, 0.3)},
     "four networks": {"n_estimators": 4},
     "prior N(0, I)": {"prior": "standard"},
