@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from anomaly_cvae import linear_start
 from anomaly_cvae.calibration import HELD_OUT, rows_needed
 from anomaly_cvae.encoding import ClassScaling, Encoded, Encoder
 from anomaly_cvae.errors import DataError
@@ -287,6 +288,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         n_classes=n_classes if settings.inference_head and schema.categorical_conditions else 0,
         n_attributes=n_attributes if settings.inference_head else 0,
         pseudo_inputs=n_pseudo,
+        n_paths=_n_paths(encoder, encoded, settings),
         n_groups=n_groups,
     )
     device, dtype = settings.device, settings.dtype
@@ -319,6 +321,14 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
     )
 
 
+def _n_paths(encoder: Encoder, encoded: Encoded, settings: FitSettings) -> int:
+    """Linear paths of each network; none where some rows lack a class."""
+    if not settings.linear_start or bool((encoded.class_index < 0).any()):
+        return 0
+    is_shared, n_real = settings.conditioning == "shared", int(encoder.is_real.sum())
+    return linear_start.n_paths(encoder.schema, n_real, settings.prior, is_shared, settings.condition_on_observed)
+
+
 def _train(
     engine: ScoringEngine,
     encoder: Encoder,
@@ -341,6 +351,9 @@ def _train(
         table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
         return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss)
 
+    if engine.model.architecture.n_paths:
+        own = dealt(settings.training.input_noise, engine.model.architecture.n_members)
+        linear_start.start(engine, encoded, split.training, np.array(own), seed)
     rows = to_device(encoded)
     with _refreshed(stream, encoder, encoded, rows, split.training, settings, to_device) as refresh:
         return train(

@@ -30,7 +30,8 @@ class Architecture:
     ``missing_indicators`` shows the encoder which cells are missing; ``channels`` are those of the
     convolutions, one per halving of an image; ``observed_condition`` makes an observed part of the row part
     of the condition; ``n_classes`` and ``n_attributes`` are what q(c | x) tells, if there is one;
-    ``pseudo_inputs`` are those of a VampPrior, ``n_groups`` the classes that a member knows.
+    ``pseudo_inputs`` are those of a VampPrior, ``n_groups`` the classes that a member knows; ``n_paths`` linear paths
+    go with the first numbers of the condition vector.
     """
 
     n_members: int
@@ -46,6 +47,7 @@ class Architecture:
     n_attributes: int = 0
     pseudo_inputs: int = 0
     n_groups: int = 1
+    n_paths: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ class CVAE(nn.Module):
         conditions, channels = architecture.n_conditions, architecture.channels
         n_masks = int(architecture.missing_indicators) + int(architecture.observed_condition)
         inputs, outputs = self._inputs(n_masks), self._outputs()
-        self.encoder = CellEncoder(members, inputs, channels, hidden, 2 * latent, conditions, generator)
+        n_paths = architecture.n_paths
+        self.encoder = CellEncoder(members, inputs, channels, hidden, 2 * latent, conditions, generator, n_paths)
         self.seen_encoder: CellEncoder | None = None
         n_seen = SEEN_WIDTH if architecture.observed_condition else 0
         self.decoder = CellDecoder(
-            members, latent, outputs, channels, hidden[::-1], conditions, generator, n_seen=n_seen
+            members, latent, outputs, channels, hidden[::-1], conditions, generator, n_seen, n_paths
         )
         if architecture.observed_condition:
             self.seen_encoder = CellEncoder(
@@ -141,19 +144,20 @@ class CVAE(nn.Module):
     def _heads(self) -> list[Likelihood]:
         return [head for head in self.heads if isinstance(head, Likelihood)]
 
-    def _table_heads(self) -> list[Likelihood]:
+    def table_heads(self) -> list[Likelihood]:
+        """Of the columns that are no images, in their order."""
         return self._heads()[: len(self.heads) - len(self.shapes)]
 
     def _inputs(self, n_masks: int) -> Blocks:
         """Sizes of what a network sees of a row with ``n_masks`` masks beside the values."""
-        table = self._table_heads()
+        table = self.table_heads()
         n_table = sum(head.n_features for head in table) + n_masks * sum(head.n_columns for head in table)
         return Blocks(n_table, tuple(((1 + n_masks) * c, h, w) for c, h, w in self.shapes))
 
     def _outputs(self) -> Blocks:
-        per_cell = [head.n_parameters // head.n_columns for head in self._heads()[len(self._table_heads()) :]]
+        per_cell = [head.n_parameters // head.n_columns for head in self._heads()[len(self.table_heads()) :]]
         images = tuple((n * c, h, w) for n, (c, h, w) in zip(per_cell, self.shapes, strict=True))
-        return Blocks(sum(head.n_parameters for head in self._table_heads()), images)
+        return Blocks(sum(head.n_parameters for head in self.table_heads()), images)
 
     def _columns_by_head(self, values: Tensor) -> tuple[Tensor, ...]:
         return torch.split(values, [head.n_columns for head in self._heads()], dim=-1)
@@ -168,7 +172,7 @@ class CVAE(nn.Module):
         features = [
             head.features(cells, known) for head, cells, known in zip(self._heads(), blocks, there, strict=True)
         ]
-        n_table = len(self._table_heads())
+        n_table = len(self.table_heads())
         split = [self._columns_by_head(mask) for mask in masks]
         table = [*features[:n_table], *(part for mask in split for part in mask[:n_table])]
         lead = values.shape[:2]
@@ -277,11 +281,11 @@ class CVAE(nn.Module):
     @property
     def has_table(self) -> bool:
         """Whether there are columns beside those of images."""
-        return bool(self._table_heads())
+        return bool(self.table_heads())
 
     def images(self, values: Tensor) -> tuple[Tensor, ...]:
         """The images among the cells (M, N, D): (M, N, C, H, W) each."""
-        blocks = self._columns_by_head(values)[len(self._table_heads()) :]
+        blocks = self._columns_by_head(values)[len(self.table_heads()) :]
         return tuple(b.reshape(*values.shape[:2], *shape) for b, shape in zip(blocks, self.shapes, strict=True))
 
     def means(self, parameters: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from anomaly_cvae import CVAEDetector, presets
 
 PARAMETERS = [
     "condition_columns", "conditioning", "unseen_class", "missing_condition", "score_kind", "contamination",
-    "false_alarm_rate", "n_estimators", "latent_dim", "hidden_dims", "likelihoods", "column_kinds", "ignore_columns",
+    "false_alarm_rate", "n_estimators", "part_weights", "linear_start", "latent_dim", "hidden_dims", "likelihoods",
+    "column_kinds", "ignore_columns",
     "channels", "condition_on_observed", "inference_head", "prior", "objective", "train_samples", "kl_weight",
     "free_bits", "input_noise", "mask_rate", "mask_shapes", "scale_floor", "n_samples", "max_steps", "batch_size",
     "learning_rate", "patience", "validation_fraction", "calibration_fraction", "checkpoint", "device", "dtype",

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from anomaly_cvae import CVAEDetector, bundle
 from anomaly_cvae.encoding import FittedColumn
-from anomaly_cvae.part_weights import MOST_UNEQUAL, by_spread, parts_without_units
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
+from anomaly_cvae.part_weights import MOST_UNEQUAL, by_spread, parts_without_units
 from anomaly_cvae.rows import DeviceRows
 from anomaly_cvae.training import PerMember, TrainingSettings, train
 

@@ -50,12 +50,14 @@ class CellEncoder(nn.Module):
         n_out: int,
         n_conditions: int,
         generator: torch.Generator,
+        n_paths: int = 0,
     ) -> None:
         super().__init__()
         encoders = [ConvEncoder(n_members, shape, channels, n_conditions, generator) for shape in blocks.images]
         self.images = nn.ModuleList(encoders)
         n_features = sum(encoder.n_features for encoder in encoders)
-        self.mlp = StackedMLP(n_members, blocks.n_table + n_features, hidden_dims, n_out, n_conditions, generator)
+        n_in = blocks.n_table + n_features
+        self.mlp = StackedMLP(n_members, n_in, hidden_dims, n_out, n_conditions, generator, n_paths)
 
     def forward(self, cells: Cells, condition: Tensor | None, members: slice = ALL) -> Encoding:
         """Outputs (M, R, n_out) and the maps they came from."""
@@ -86,6 +88,7 @@ class CellDecoder(nn.Module):
         n_conditions: int,
         generator: torch.Generator,
         n_seen: int = 0,
+        n_paths: int = 0,
     ) -> None:
         super().__init__()
         decoders = [
@@ -93,7 +96,8 @@ class CellDecoder(nn.Module):
         ]
         self.images = nn.ModuleList(decoders)
         self.parts = [blocks.n_table, *(decoder.n_seed for decoder in decoders)]
-        self.mlp = StackedMLP(n_members, n_in + n_seen, hidden_dims, sum(self.parts), n_conditions, generator)
+        n_out = sum(self.parts)
+        self.mlp = StackedMLP(n_members, n_in + n_seen, hidden_dims, n_out, n_conditions, generator, n_paths)
 
     @property
     def n_outputs(self) -> int:

@@ -62,7 +62,10 @@ class StackedLinear(nn.Module):
 
 
 class StackedMLP(nn.Module):
-    """ReLU network with the condition at every layer and a linear path around the hidden layers."""
+    """ReLU network with the condition at every layer and a linear path around the hidden layers.
+
+    ``n_paths`` more linear paths count by the first numbers of the condition: with one-hot classes, each has its own.
+    """
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class StackedMLP(nn.Module):
         n_out: int,
         n_conditions: int,
         generator: torch.Generator,
+        n_paths: int = 0,
     ) -> None:
         super().__init__()
         widths = [n_in, *hidden_dims, n_out]
@@ -83,6 +87,9 @@ class StackedMLP(nn.Module):
         self.skip: nn.Parameter | None = None
         if hidden_dims:
             self.skip = nn.Parameter(0.1 * _uniform((n_members, n_in, n_out), n_in, generator))
+        self.paths: nn.Parameter | None = None
+        if hidden_dims and n_paths:
+            self.paths = nn.Parameter(torch.zeros(n_members, n_paths, n_in, n_out))
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
         """Map rows (M or 1, R, in) to (M, R, out)."""
@@ -92,12 +99,24 @@ class StackedMLP(nn.Module):
         for layer in self.layers[:-1]:
             hidden = layer(hidden, condition, members, relu=True)
         out: Tensor = self.layers[-1](hidden, condition, members)
-        if self.skip is not None:
-            skip = _of(self.skip, members)
+        skip = self._skip(condition, members)
+        if skip is not None:
             x = x.expand(len(skip), -1, -1)
             out = out.baddbmm_(x, skip) if out.dtype == x.dtype == skip.dtype else torch.baddbmm(out, x, skip)
+        if self.paths is not None and condition is not None and condition.shape[1] > 1:
+            out = out + _by_row(x, condition, _of(self.paths, members))
         # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
         return out.to(self.layers[-1].get_parameter("weight").dtype)
+
+    def _skip(self, condition: Tensor | None, members: slice) -> Tensor | None:
+        """The linear path (M, in, out), with those of a condition that all rows share."""
+        if self.skip is None:
+            return None
+        skip = _of(self.skip, members)
+        if self.paths is None or condition is None or condition.shape[1] > 1:
+            return skip
+        paths = _of(self.paths, members)
+        return skip + torch.einsum("mk,mkio->mio", condition[:, 0, : paths.shape[1]].expand(len(paths), -1), paths)
 
     def _of_first(self, members: slice) -> Tensor:
         return _of(self.layers[0].get_parameter("weight"), members)
@@ -107,10 +126,20 @@ class StackedMLP(nn.Module):
         with torch.autocast("cpu", enabled=False):
             weights = [_of(layer.weight, members) for layer in layers]
             shifts = [layer.shift(condition, members) for layer in layers]
+            skip = self._skip(condition, members)
         in_halves = torch.is_autocast_enabled("cpu") and len(layers) > 2
         inner = [_of(layer.halved(), members) for layer in layers[1:-1]] if in_halves else weights[1:-1]
-        skip = None if self.skip is None else _of(self.skip, members)
         return network(x, weights, shifts, skip, inner)
+
+
+def _by_row(x: Tensor, condition: Tensor, paths: Tensor) -> Tensor:
+    """x times the paths (M, K, in, out) of each row's own condition (M or 1, N, C): (M, R, out)."""
+    members, n_paths = paths.shape[:2]
+    own = condition[..., :n_paths]
+    if own.shape[1] != x.shape[1]:
+        own = own.repeat(1, x.shape[1] // own.shape[1], 1)
+    spread = (own.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
+    return torch.bmm(spread.expand(members, -1, -1), paths.flatten(1, 2))
 
 
 def _of(parameter: Tensor, members: slice) -> Tensor:
