@@ -288,7 +288,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         n_classes=n_classes if settings.inference_head and schema.categorical_conditions else 0,
         n_attributes=n_attributes if settings.inference_head else 0,
         pseudo_inputs=n_pseudo,
-        n_paths=_n_paths(encoder, encoded, settings),
+        n_paths=linear_start.n_paths(schema) if not per_class and _starts_linear(encoder, encoded, settings) else 0,
         n_groups=n_groups,
     )
     device, dtype = settings.device, settings.dtype
@@ -321,12 +321,16 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
     )
 
 
-def _n_paths(encoder: Encoder, encoded: Encoded, settings: FitSettings) -> int:
-    """Linear paths of each network; none where some rows lack a class."""
-    if not settings.linear_start or bool((encoded.class_index < 0).any()):
-        return 0
-    is_shared, n_real = settings.conditioning == "shared", int(encoder.is_real.sum())
-    return linear_start.n_paths(encoder.schema, n_real, settings.prior, is_shared, settings.condition_on_observed)
+def _starts_linear(encoder: Encoder, encoded: Encoded, settings: FitSettings) -> bool:
+    """Whether networks begin at factor analyses; not where some rows lack a class."""
+    asked = settings.linear_start and bool(settings.hidden_dims) and not settings.condition_on_observed
+    if not asked or bool((encoded.class_index < 0).any()):
+        return False
+    shared = settings.conditioning == "shared"
+    n_real = int(encoder.is_real.sum())
+    return linear_start.suits(encoder.schema, n_real, settings.prior) and (
+        not shared or linear_start.n_paths(encoder.schema) > 0
+    )
 
 
 def _train(
@@ -351,7 +355,7 @@ def _train(
         table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
         return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss)
 
-    if engine.model.architecture.n_paths:
+    if _starts_linear(encoder, encoded.take(split.training), settings):
         own = dealt(settings.training.input_noise, engine.model.architecture.n_members)
         linear_start.start(engine, encoded, split.training, np.array(own), seed)
     rows = to_device(encoded)

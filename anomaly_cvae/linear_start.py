@@ -1,8 +1,8 @@
-"""Where networks begin that are told a class: at a factor analysis of each class, along its own linear path.
+"""Where networks of a table with classes begin: at a factor analysis of each class, which leans on all classes.
 
 A network that is told c beside x must learn that columns depend on each other differently in every class, and with few
 rows of each it does not. A linear path of its own for every class can begin where the best linear model is, in closed
-form; what training adds is what is not linear.
+form; what training adds is what is not linear. A network of one class begins there along its only linear path.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ HIDDEN_START = 0.1
 LEAST_RAW_VARIANCE = 1e-3
 
 
-def n_paths(schema: Schema, n_real: int, prior: str, is_shared: bool, observed_condition: bool) -> int:
-    """How many linear paths a network has: one for each level of a single categorical condition, or none."""
-    is_plain = is_shared and not observed_condition and not schema.images and prior in ("aggregate", "standard")
-    n_classes = len(schema.classes)
-    suits = len(schema.categorical_conditions) == 1 and 1 < n_classes <= MOST_CLASSES and 1 < n_real <= MOST_COLUMNS
-    return len(schema.categorical_conditions[0].levels) if is_plain and suits else 0
+def suits(schema: Schema, n_real: int, prior: str) -> bool:
+    """Whether networks can begin so: z has a prior near N(0, I), and there are neither too many classes nor columns."""
+    is_plain = not schema.images and prior in ("aggregate", "standard")
+    return is_plain and 1 < len(schema.classes) <= MOST_CLASSES and 1 < n_real <= MOST_COLUMNS
+
+
+def n_paths(schema: Schema) -> int:
+    """How many linear paths a shared network has: one for each level of a single categorical condition, or none."""
+    conditions = schema.categorical_conditions
+    return len(conditions[0].levels) if len(conditions) == 1 else 0
 
 
 def start(engine: ScoringEngine, encoded: Encoded, rows: IntArray, noise: FloatArray, seed: int) -> None:
@@ -47,10 +51,10 @@ def start(engine: ScoringEngine, encoded: Encoded, rows: IntArray, noise: FloatA
     """
     model, rng = engine.model, np.random.default_rng(seed)
     places = _places(model)
-    if len(places.cells) < 2 or engine.class_table is None:
-        return
-    # The condition vector begins with the one-hot level.
-    levels = engine.class_table[:, : model.architecture.n_paths].argmax(dim=1).tolist()
+    levels: list[int | None] = [None] * engine.n_classes
+    if engine.class_table is not None:
+        # The condition vector begins with the one-hot level.
+        levels = engine.class_table[:, : model.architecture.n_paths].argmax(dim=1).tolist()
     centers, moments = [], []
     for k in range(engine.n_classes):
         own = rng.permutation(rows[encoded.class_index[rows] == k])[:MOST_ROWS_OF_CLASS]
@@ -63,11 +67,14 @@ def start(engine: ScoringEngine, encoded: Encoded, rows: IntArray, noise: FloatA
         for own_noise in np.unique(noise):
             least = max(float(own_noise) ** 2, places.variance_floor + LEAST_RAW_VARIANCE)
             classes = fit_classes(moments, model.architecture.latent_dim, least)
-            for member in np.flatnonzero(noise == own_noise).tolist():
-                for mlp in (model.encoder.mlp, model.decoder.mlp):
-                    _quieten(mlp, member)
-                for level, factors, center in zip(levels, classes, centers, strict=True):
-                    _write(model, member, level, factors, center, places)
+            same = np.flatnonzero(noise == own_noise).tolist()
+            for member in same:
+                _quieten(model.encoder.mlp, member)
+                _quieten(model.decoder.mlp, member)
+            for k, factors in enumerate(classes):
+                known = engine.members_of(k)
+                for member in set(same) & set(range(known.start, known.stop)):
+                    _write(model, member, levels[k], factors, centers[k], places)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def _seen(engine: ScoringEngine, rows: Encoded, k: int, cells: list[int]) -> Flo
 
 
 def _quieten(mlp: StackedMLP, member: int) -> None:
-    """Nothing but the classes' paths, and a little of what the hidden layers say."""
+    """No linear path yet, and a little of what the hidden layers say."""
     last = mlp.layers[-1]
     assert isinstance(last, StackedLinear)
     last.weight[member] *= HIDDEN_START
@@ -113,7 +120,7 @@ def _quieten(mlp: StackedMLP, member: int) -> None:
             parameter[member] = 0.0
 
 
-def _write(model: CVAE, member: int, level: int, factors: Factors, center: FloatArray, places: Places) -> None:
+def _write(model: CVAE, member: int, level: int | None, factors: Factors, center: FloatArray, places: Places) -> None:
     """Encoder: the means and the precision of a row's factors; decoder: the mean of a row and its noise."""
     latent, numbers = model.architecture.latent_dim, torch.arange(len(factors.precision))
     path, shift = _own(model.encoder.mlp, member, level)
@@ -127,10 +134,13 @@ def _write(model: CVAE, member: int, level: int, factors: Factors, center: Float
     shift[places.variances] = torch.as_tensor(raw).to(shift)
 
 
-def _own(mlp: StackedMLP, member: int, level: int) -> tuple[Tensor, Tensor]:
-    """The path (in, out) and the shift (out,) of a level of the condition."""
+def _own(mlp: StackedMLP, member: int, level: int | None) -> tuple[Tensor, Tensor]:
+    """The path (in, out) and the shift (out,) of a level of the condition; of a network of one class, its only ones."""
     last = mlp.layers[-1]
     assert isinstance(last, StackedLinear)
+    if level is None:
+        assert mlp.skip is not None
+        return mlp.skip[member], last.bias[member, 0]
     assert mlp.paths is not None
     assert last.condition_weight is not None
     return mlp.paths[member, level], last.condition_weight[member, level]
