@@ -1,0 +1,235 @@
+"""Where networks of a table with classes begin: factor analyses that lean on each other, and paths that hold them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from anomaly_cvae import CVAEDetector, linear_start
+from anomaly_cvae.factor_analysis import Moments, factors_of, fit_classes
+from anomaly_cvae.metrics import roc_auc
+from anomaly_cvae.networks import StackedMLP
+
+NAMES = list("abcde")
+SMALL = {"max_steps": 60, "hidden_dims": (16,), "n_estimators": 1, "random_state": 0, "device": "cpu"}
+
+
+def covariance(seed: int, n_factors: int = 2) -> np.ndarray:
+    """Unit variances, and correlations by a few factors."""
+    loadings = np.random.default_rng(seed).normal(size=(5, n_factors))
+    loadings *= np.sqrt(0.8 / (loadings**2).sum(axis=1, keepdims=True))
+    return loadings @ loadings.T + 0.2 * np.eye(5)
+
+
+def drawn(n_rows: int, seeds: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.multivariate_normal(np.zeros(5), covariance(own), n_rows) for own in seeds]
+
+
+def table(n_rows: int, seeds: tuple[int, ...] = (1, 2, 3), seed: int = 0) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(rows, columns=NAMES).assign(type=f"kind {place}")
+        for place, rows in enumerate(drawn(n_rows, seeds, seed))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def fitted(classes: list[np.ndarray], most_factors: int = 4) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    moments = [Moments.of(rows, rng) for rows in classes]
+    return [factors.covariance for factors in fit_classes(moments, most_factors, 1e-4)]
+
+
+def away(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.abs(found - truth).mean())
+
+
+def test_factors_give_back_the_covariance_that_they_make() -> None:
+    found = factors_of(covariance(1), 2, 1e-6, steps=400)
+    np.testing.assert_allclose(found.covariance, covariance(1), atol=2e-3)
+    np.testing.assert_allclose(found.noise, 0.2, atol=5e-3)
+    within = found.loadings.T @ (found.loadings / found.noise[:, None])
+    np.testing.assert_allclose(within, np.diag(found.precision - 1.0), atol=1e-8)
+
+
+def test_factors_read_what_a_row_says_of_them() -> None:
+    found = factors_of(covariance(1), 2, 1e-6)
+    rows = np.random.default_rng(0).normal(size=(7, 5))
+    exact = rows @ np.linalg.solve(found.covariance, found.loadings)
+    np.testing.assert_allclose(rows @ found.readings, exact, atol=1e-9)
+
+
+def test_classes_of_many_rows_keep_their_own_covariance() -> None:
+    for found, seed in zip(fitted(drawn(3000, (1, 2, 3))), (1, 2, 3), strict=True):
+        assert away(found, covariance(seed)) < 0.03
+
+
+def test_classes_that_are_alike_share_what_they_know() -> None:
+    """Ten rows say little of fifteen numbers; those of eight classes that are alike say much of the same."""
+    classes = drawn(10, (1,) * 8)
+    alone = np.mean([away(rows.T @ rows / 10, covariance(1)) for rows in classes])
+    together = np.mean([away(found, covariance(1)) for found in fitted(classes)])
+    assert together < 0.6 * alone
+
+
+def test_columns_that_do_not_depend_on_each_other_get_no_factors() -> None:
+    rng = np.random.default_rng(0)
+    for found in fitted([rng.normal(size=(200, 5)) for _ in range(3)]):
+        assert np.abs(found - np.diag(np.diag(found))).max() < 0.05
+
+
+def test_missing_cells_do_not_shrink_variances() -> None:
+    rows = drawn(4000, (1,))[0]
+    rows[np.random.default_rng(0).random(rows.shape) < 0.5] = np.nan
+    outer, n_rows = Moments.of(rows, np.random.default_rng(0)).without(None)
+    np.testing.assert_allclose(np.diag(outer) / n_rows, 1.0, atol=0.08)
+
+
+def test_a_constant_column_has_the_least_noise_and_nothing_breaks() -> None:
+    rows = drawn(300, (1, 2))
+    for own in rows:
+        own[:, 2] = 0.0
+    for found in fitted(rows):
+        assert 0.0 < found[2, 2] < 1e-3
+        assert np.isfinite(found).all()
+        assert np.linalg.eigvalsh(found).min() > 0.0
+
+
+def still(**parameters: object) -> CVAEDetector:
+    """A detector whose training changes nothing."""
+    return CVAEDetector("type", **{**SMALL, "max_steps": 1, "learning_rate": 1e-12, **parameters})
+
+
+@pytest.mark.parametrize("conditioning", ["shared", "per_class"])
+def test_networks_begin_at_the_density_of_the_factor_analysis(conditioning: str, monkeypatch) -> None:
+    """Without hidden layers and training, the negative ELBO is minus the log-density of a normal distribution."""
+    monkeypatch.setattr(linear_start, "HIDDEN_START", 0.0)
+    found = []
+    monkeypatch.setattr(linear_start, "fit_classes", lambda *args: found.append(fit_classes(*args)) or found[-1])
+    rows = table(400)
+    detector = still(
+        conditioning=conditioning, prior="standard", n_samples=512, likelihoods=dict.fromkeys(NAMES, "normal"),
+        dtype="float64",
+    ).fit(rows)  # fmt: skip
+    engine, encoded = detector.model_.engine, detector.model_.encoder.encode(rows)
+    values = engine.scaling.to_class_units(encoded.values, encoded.class_index)
+    for k, factors in enumerate(found[0]):
+        own = np.flatnonzero((encoded.class_index == k) & (np.abs(values) < 2.9).all(axis=1))
+        log_units = np.log(engine.scaling.scale[k]) + engine.model.log_units.numpy()
+        exact = log_units.sum() - multivariate_normal(np.zeros(5), factors.covariance).logpdf(values[own])
+        np.testing.assert_allclose(engine.negative_elbo(encoded.take(own)), exact, atol=0.15)
+        assert exact.std() > 0.5
+
+
+@pytest.mark.parametrize("conditioning", ["shared", "per_class"])
+def test_few_rows_of_a_class_are_enough_to_tell_a_wrong_claim(conditioning: str) -> None:
+    rows, fresh = table(30), table(200, seed=1)
+    wrong = np.arange(len(fresh)) % 2 == 0
+    claims = fresh.assign(type=np.where(wrong, "kind " + ((fresh.index // 200 + 1) % 3).astype(str), fresh["type"]))
+    found = {}
+    for start in (True, False):
+        detector = CVAEDetector("type", conditioning=conditioning, linear_start=start, **SMALL).fit(rows)
+        found[start] = roc_auc(wrong, detector.contrast(claims))
+    assert found[True] > 0.8
+    assert found[True] > found[False] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, 3),
+        ({"linear_start": False}, 0),
+        ({"prior": "standard"}, 3),
+        ({"prior": "vamp"}, 0),
+        ({"prior": "learned"}, 0),
+        ({"condition_on_observed": True}, 0),
+        ({"hidden_dims": ()}, 0),
+        ({"conditioning": "per_class"}, 0),
+        ({"ignore_columns": ["b", "c", "d", "e"]}, 0),
+    ],
+)
+def test_shared_networks_have_a_path_for_each_class_where_they_can(parameters: dict, expected: int) -> None:
+    assert still(**parameters).fit(table(60)).model_.engine.model.architecture.n_paths == expected
+
+
+def test_several_conditions_and_many_classes_have_no_paths() -> None:
+    rows = table(60)
+    two = CVAEDetector(["type", "place"], **{**SMALL, "max_steps": 1})
+    assert (
+        two.fit(rows.assign(place=np.where(rows.index % 2, "in", "out"))).model_.engine.model.architecture.n_paths == 0
+    )
+    many = rows.assign(type=[f"kind {place % 33}" for place in rows.index])
+    assert still().fit(many).model_.engine.model.architecture.n_paths == 0
+
+
+def test_every_class_begins_along_the_path_of_its_own_level(monkeypatch) -> None:
+    """Levels may be told in another order than the classes of the table have."""
+    monkeypatch.setattr(linear_start, "HIDDEN_START", 0.0)
+    rows = table(300)
+    renamed = rows.assign(type=rows["type"].map({"kind 0": "z", "kind 1": "m", "kind 2": "a"}))
+    scores = [still(prior="standard").fit(own).negative_elbo(own) for own in (rows, renamed)]
+    # The rows are split in another order, so that a few more or less of them were seen.
+    assert np.corrcoef(scores)[0, 1] > 0.95
+
+
+def test_a_class_of_a_row_or_two_begins_where_all_rows_do() -> None:
+    rows = pd.concat([table(200), table(1).assign(type="rare")], ignore_index=True)
+    detector = still().fit(rows)
+    assert np.isfinite(detector.negative_elbo(rows)).all()
+    assert detector.model_.engine.model.architecture.n_paths == 4
+
+
+def test_missing_cells_constant_columns_and_other_kinds_do_not_stop_it() -> None:
+    rows = table(120)
+    rows.loc[::3, "a"] = np.nan
+    rows["b"] = 1.0
+    rows = rows.assign(errors=np.arange(360) % 4, colour=np.where(np.arange(360) % 5 < 2, "red", "blue"))
+    rows.loc[rows["type"] == "kind 1", "c"] = np.nan
+    detector = CVAEDetector("type", **{**SMALL, "max_steps": 20}).fit(rows)
+    assert np.isfinite(detector.negative_elbo(rows)).all()
+
+
+def test_it_is_the_same_every_time_and_saved(tmp_path) -> None:
+    rows = table(60)
+    scores = [CVAEDetector("type", **SMALL).fit(rows).negative_elbo(rows) for _ in range(2)]
+    np.testing.assert_array_equal(*scores)
+    detector = CVAEDetector("type", **SMALL).fit(rows)
+    loaded = CVAEDetector.load(detector.save(tmp_path / "model"), device="cpu")
+    np.testing.assert_array_equal(loaded.negative_elbo(rows), scores[0])
+
+
+@pytest.fixture(scope="module")
+def mlp() -> StackedMLP:
+    network = StackedMLP(2, 4, (8,), 3, 3, torch.Generator().manual_seed(0), n_paths=2).double()
+    with torch.no_grad():
+        network.paths.normal_(generator=torch.Generator().manual_seed(1))
+    return network
+
+
+def test_a_path_counts_by_its_number_of_the_condition(mlp: StackedMLP) -> None:
+    """The last number of the condition has none."""
+    x, without = torch.randn(1, 6, 4, dtype=torch.float64), StackedMLP(2, 4, (8,), 3, 3, torch.Generator()).double()
+    without.load_state_dict({name: value for name, value in mlp.state_dict().items() if name != "paths"})
+    told = torch.tensor([0.25, 0.75, 5.0], dtype=torch.float64)
+    own = told[0] * mlp.paths[:, 0] + told[1] * mlp.paths[:, 1]
+    expected = without(x, told.reshape(1, 1, 3)) + x @ own
+    torch.testing.assert_close(mlp(x, told.reshape(1, 1, 3)), expected)
+    torch.testing.assert_close(mlp(x, told.expand(1, 6, 3)), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(x, told.reshape(1, 1, 3)), expected)
+
+
+def test_rows_of_several_samples_take_the_condition_of_their_row(mlp: StackedMLP) -> None:
+    told = torch.eye(3, dtype=torch.float64)[[0, 1, 0]].unsqueeze(0)
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    expected = torch.cat([mlp(x[:, :3], told), mlp(x[:, 3:], told)], dim=1)
+    torch.testing.assert_close(mlp(x, told), expected)
+
+
+def test_one_member_alone_takes_its_own_path(mlp: StackedMLP) -> None:
+    x, told = torch.randn(1, 5, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 1, 0, 2]].unsqueeze(0)
+    torch.testing.assert_close(mlp(x, told, slice(1, 2)), mlp(x, told)[1:])
+    torch.testing.assert_close(mlp(x, told[:, :1], slice(1, 2)), mlp(x, told[:, :1])[1:])
