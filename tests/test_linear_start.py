@@ -155,8 +155,10 @@ def test_shared_networks_have_a_path_for_each_class_where_they_can(parameters: d
     assert still(**parameters).fit(table(60)).model_.engine.model.architecture.n_paths == expected
 
 
-def test_several_conditions_and_many_classes_have_no_paths() -> None:
+def test_several_conditions_many_classes_and_many_columns_have_no_paths() -> None:
     rows = table(60)
+    wide = pd.DataFrame(np.random.default_rng(0).normal(size=(180, 33))).assign(type=rows["type"])
+    assert still().fit(wide).model_.engine.model.architecture.n_paths == 0
     two = CVAEDetector(["type", "place"], **{**SMALL, "max_steps": 1})
     assert (
         two.fit(rows.assign(place=np.where(rows.index % 2, "in", "out"))).model_.engine.model.architecture.n_paths == 0
