@@ -157,7 +157,8 @@ def test_shared_networks_have_a_path_for_each_class_where_they_can(parameters: d
 
 def test_several_conditions_many_classes_and_many_columns_have_no_paths() -> None:
     rows = table(60)
-    wide = pd.DataFrame(np.random.default_rng(0).normal(size=(180, 33))).assign(type=rows["type"])
+    cells = np.random.default_rng(0).normal(size=(180, 33))
+    wide = pd.DataFrame(cells, columns=[f"x{place}" for place in range(33)]).assign(type=rows["type"])
     assert still().fit(wide).model_.engine.model.architecture.n_paths == 0
     two = CVAEDetector(["type", "place"], **{**SMALL, "max_steps": 1})
     assert (
