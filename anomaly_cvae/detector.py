@@ -70,8 +70,9 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     """Find rows that are unlikely given their condition.
 
     A bank of conditional variational autoencoders models p(x | c). A row's score is its negative ELBO in
-    nats, in expectation an upper bound of -log p(x | c) in the units of x; thresholds are set per class of
-    the condition on normals that training has not seen.
+    nats, in expectation an upper bound of -log p(x | c) in the units of x; of a table without a condition a weighted
+    one, which is no bound (``part_weights``). Thresholds are set per class of the condition on normals that training
+    has not seen.
 
     Every method that takes ``X`` takes a pandas frame, an Arrow table, a 2-D array of N rows, or an array
     of images (N, H, W), (N, H, W, C) or (N, C, H, W), and ``condition`` (N,) or (N, Q) if, and only if,
@@ -95,8 +96,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         out), reconstructions' weights adding to 1, which is no bound on -log p(x | c); "auto": "spread" where networks
         are trained unlike (``kl_weight``, ``input_noise``), else "alike"
     linear_start : where classes share networks, each class has a linear path of its own through them, which begins at
-        a factor analysis of its rows that leans on the other classes; networks of one class begin there, too. For 2 to 32
-        real columns and as many classes, one categorical condition where networks are shared; not otherwise
+        a factor analysis of its rows that leans on the other classes; networks of one class begin there, too. For 2 to
+        32 real columns and as many classes, one categorical condition where networks are shared; not otherwise
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
     likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
@@ -525,7 +526,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         return -self.model_.scores(encoded, self._kind())
 
     def negative_elbo(self, X: Any, *, condition: Any = None, given: Any = None) -> FloatArray:
-        """Negative ELBO of each row, (N,), nats: higher = more anomalous.
+        """Negative ELBO of each row, its parts weighed as ``part_weights`` says, (N,), nats: higher = more anomalous.
 
         ``given`` says which cells belong to the condition: the score is then that of the others given
         these, 0 if all are given. Booleans like X, or {column: booleans}; needs ``condition_on_observed``.
@@ -538,8 +539,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     ) -> FloatArray:
         """-log p(x | c) of each row by importance sampling from q(z | x, c), (N,), nats.
 
-        In expectation it lies between -log p(x | c) and the negative ELBO, nearer to the first with more
-        samples (Burda, Grosse and Salakhutdinov 2016). ``given`` as in `negative_elbo`.
+        In expectation it lies between -log p(x | c) and the negative ELBO with parts that count alike, nearer to the
+        first with more samples (Burda, Grosse and Salakhutdinov 2016). ``given`` as in `negative_elbo`.
         """
         check_count(n_samples, "n_samples")
         encoded = self._with_class(self._encode(X, condition, given))
