@@ -205,6 +205,7 @@ def _write(bundle: Bundle, folder: Path) -> None:
             "encoder": model.encoder.to_json(),
             "members_per_class": engine.members_per_class,
             "n_classes": engine.n_classes,
+            "unlike": engine.unlike,
             "class_frequency": model.class_frequency.tolist(),
             "aggregate_shape": None if engine.aggregate is None else list(engine.aggregate.mean.shape),
         },
@@ -280,6 +281,7 @@ def _load_engine(
         aggregate=aggregate,
         scaling=scaling,
         part_weights=None if counts is None else counts.to(device),
+        unlike=description.get("unlike", counts is not None),
         precision=precision,
     )
 

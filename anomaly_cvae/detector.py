@@ -97,7 +97,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         are trained unlike (``kl_weight``, ``input_noise``), else "alike"
     linear_start : where classes share networks, each class has a linear path of its own through them, which begins at
         a factor analysis of its rows that leans on the other classes; networks of one class begin there, too. For 2 to
-        32 real columns and as many classes, one categorical condition where networks are shared; not otherwise
+        32 columns with a (robust) normal head and as many classes, one categorical condition where networks are shared,
+        priors "aggregate" and "standard"; not with images, ``condition_on_observed`` or rows that lack their class
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
     likelihoods : "auto", or {column: "robust_normal" | "normal" | "student_t" | "poisson" | …}
@@ -115,9 +116,9 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         condition); "hybrid" (with ``condition_on_observed``); "vae_gan" (images, judged by a discriminator)
     train_samples : samples of z per row and training step
     kl_weight : weight of the KL in training and in the choice of the best weights, or several, dealt to the networks
-        in turn; scores do not use it. A small one finds rows that are near no training row, but guesses worse what is
-        missing: of unlike networks the first fills in missing cells. "auto": 1 and .1 for tables without a condition,
-        else 1
+        in turn; scores are not weighed by it, but see ``part_weights``. A small one finds rows that are near no
+        training row, but guesses worse what is missing: of unlike networks the first fills in missing cells. "auto": 1
+        and .1 for tables without a condition, else 1
     free_bits : nats of KL per latent unit that cost nothing in training
     input_noise : standard deviation of training noise on real columns, in units of the column's own, or several,
         dealt to the networks in turn

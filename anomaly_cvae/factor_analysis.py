@@ -54,26 +54,42 @@ class Moments:
 
 @dataclass(frozen=True)
 class Factors:
-    """x = W f + e: loadings W (D, Q), f ~ N(0, I), e ~ N(0, diag(noise)), with W' diag(1 / noise) W diagonal.
+    """x = W f + e: loadings W (D, Q), f ~ N(0, I), e ~ N(0, diag(noise)).
 
-    So the factors of a row are independent given the row: f | x ~ N(W' diag(1 / noise) x / precision, 1 / precision).
+    Attributes
+    ----------
+    readings : (D, Q) what turns rows (N, D) into the means of their factors given the row
+    precision : (Q,) of each factor given the row and the others; the factors of `factors_of` do not depend on each
+        other given the row, those of `turned_to` do
     """
 
     loadings: FloatArray
     noise: FloatArray
+    readings: FloatArray
     precision: FloatArray
-
-    @property
-    def readings(self) -> FloatArray:
-        """What turns rows (N, D) into means of their factors, (D, Q)."""
-        turned: FloatArray = self.loadings / self.noise[:, None] / self.precision
-        return turned
 
     @property
     def covariance(self) -> FloatArray:
         """Of x, (D, D)."""
         covariance: FloatArray = self.loadings @ self.loadings.T + np.diag(self.noise)
         return covariance
+
+
+def turned_to(factors: Factors, other: Factors) -> Factors:
+    """The same distribution of rows, its factors turned until the loadings are most like the other's.
+
+    A factor that classes have in common is then the same number of z in all of them: a row's style, which it keeps
+    under another class. Orthogonal Procrustes: Schönemann (1966); each column in units of its noise.
+    """
+    if not len(factors.precision):
+        return factors
+    own, wanted = (one.loadings / np.sqrt(one.noise)[:, None] for one in (factors, other))
+    left, _, right = np.linalg.svd(own.T @ wanted)
+    turn = left @ right
+    precision = turn.T @ np.diag(factors.precision) @ turn
+    loadings = factors.loadings @ turn
+    readings = np.linalg.solve(precision, (loadings / factors.noise[:, None]).T).T
+    return Factors(loadings, factors.noise, readings, np.diag(precision).copy())
 
 
 def fit_classes(classes: Sequence[Moments], most_factors: int, least_noise: float) -> list[Factors]:
@@ -106,7 +122,7 @@ def factors_of(covariance: FloatArray, n_factors: int, least_noise: float, steps
         loadings, _ = _loadings(covariance, noise, n_factors)
         noise = np.maximum(variances - (loadings**2).sum(axis=1), floor)
     loadings, precision = _loadings(covariance, noise, n_factors)
-    return Factors(loadings, noise, precision)
+    return Factors(loadings, noise, loadings / noise[:, None] / precision, precision)
 
 
 def _loadings(covariance: FloatArray, noise: FloatArray, n_factors: int) -> tuple[FloatArray, FloatArray]:

@@ -275,6 +275,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
     n_groups = 1 if per_class else n_classes
     has_vamp = settings.prior == "vamp" and not settings.condition_on_observed
     n_pseudo = max(LEAST_VAMP_COMPONENTS, VAMP_COMPONENTS // n_groups) if has_vamp else 0
+    starts_linear = _starts_linear(encoder, encoded, settings)
     architecture = Architecture(
         n_members=n_members,
         latent_dim=latent_dim,
@@ -288,7 +289,8 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         n_classes=n_classes if settings.inference_head and schema.categorical_conditions else 0,
         n_attributes=n_attributes if settings.inference_head else 0,
         pseudo_inputs=n_pseudo,
-        n_paths=linear_start.n_paths(schema) if not per_class and _starts_linear(encoder, encoded, settings) else 0,
+        linear_start=starts_linear,
+        n_paths=linear_start.n_paths(schema) if starts_linear and not per_class else 0,
         n_groups=n_groups,
     )
     device, dtype = settings.device, settings.dtype
@@ -316,6 +318,7 @@ def build_engine(encoder: Encoder, encoded: Encoded, settings: FitSettings, seed
         members_per_class=settings.n_estimators if per_class else None,
         aggregate=None if aggregate is None else aggregate.to(device=device, dtype=dtype),
         scaling=ClassScaling.fit(encoded, n_classes, encoder.is_real) if scaled else None,
+        unlike=unlike,
         part_weights=torch.ones(n_members, 2, dtype=dtype, device=device) / settings.n_estimators if weighed else None,
         precision=settings.precision,
     )
@@ -327,10 +330,7 @@ def _starts_linear(encoder: Encoder, encoded: Encoded, settings: FitSettings) ->
     if not asked or bool((encoded.class_index < 0).any()):
         return False
     shared = settings.conditioning == "shared"
-    n_real = int(encoder.is_real.sum())
-    return linear_start.suits(encoder.schema, n_real, settings.prior) and (
-        not shared or linear_start.n_paths(encoder.schema) > 0
-    )
+    return linear_start.suits(encoder, settings.prior) and (not shared or linear_start.n_paths(encoder.schema) > 0)
 
 
 def _train(
@@ -355,7 +355,7 @@ def _train(
         table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
         return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss)
 
-    if _starts_linear(encoder, encoded.take(split.training), settings):
+    if engine.model.architecture.linear_start:
         own = dealt(settings.training.input_noise, engine.model.architecture.n_members)
         linear_start.start(engine, encoded, split.training, np.array(own), seed)
     rows = to_device(encoded)

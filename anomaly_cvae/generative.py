@@ -195,9 +195,9 @@ class Generative(TableReader):
 
         Parameters
         ----------
-        method : "elbo" and "iwae" weigh the class-wise likelihoods, by their bounds, with p(c); "head" asks the
-            inference head q(c | x), which also tells attributes: one column each, the probability of its
-            second value
+        method : "elbo" and "iwae" weigh the class-wise likelihoods, by their bounds ("elbo": by scores, where
+            ``part_weights`` are "spread"), with p(c); "head" asks the inference head q(c | x), which also tells
+            attributes: one column each, the probability of its second value
         n_samples : importance samples of "iwae"
 
         Raises

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly_cvae.encoding import Encoded
-from anomaly_cvae.factor_analysis import Factors, Moments, fit_classes
+from anomaly_cvae.encoding import Encoded, Encoder
+from anomaly_cvae.factor_analysis import Factors, Moments, fit_classes, turned_to
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.likelihoods.base import squash
 from anomaly_cvae.likelihoods.normal import Normal
@@ -23,6 +23,8 @@ from anomaly_cvae.networks import StackedLinear, StackedMLP
 from anomaly_cvae.schema import Schema
 from anomaly_cvae.scoring import ScoringEngine
 
+HEADS = ("robust_normal", "normal")
+"""Likelihoods that a factor analysis says something about."""
 MOST_CLASSES = 32
 MOST_COLUMNS = 32
 """Real columns. With 64 (pixels of digits, 90 rows of each to learn from) networks that began plainly came to explain
@@ -34,10 +36,11 @@ HIDDEN_START = 0.1
 LEAST_RAW_VARIANCE = 1e-3
 
 
-def suits(schema: Schema, n_real: int, prior: str) -> bool:
+def suits(encoder: Encoder, prior: str) -> bool:
     """Whether networks can begin so: z has a prior near N(0, I), and there are neither too many classes nor columns."""
-    is_plain = not schema.images and prior in ("aggregate", "standard")
-    return is_plain and 1 < len(schema.classes) <= MOST_CLASSES and 1 < n_real <= MOST_COLUMNS
+    n_classes, n_columns = len(encoder.schema.classes), sum(column.likelihood in HEADS for column in encoder.columns)
+    is_plain = not encoder.schema.images and prior in ("aggregate", "standard")
+    return is_plain and 1 < n_classes <= MOST_CLASSES and 1 < n_columns <= MOST_COLUMNS
 
 
 def n_paths(schema: Schema) -> int:
@@ -69,6 +72,9 @@ def start(engine: ScoringEngine, encoded: Encoded, rows: IntArray, noise: FloatA
         for own_noise in np.unique(noise):
             least = max(float(own_noise) ** 2, places.variance_floor + LEAST_RAW_VARIANCE)
             classes = fit_classes(moments, model.architecture.latent_dim, least)
+            if engine.members_per_class is None:
+                largest = max(range(len(classes)), key=lambda k: moments[k].n_rows.sum())
+                classes = [turned_to(factors, classes[largest]) for factors in classes]
             same = np.flatnonzero(noise == own_noise).tolist()
             for member in same:
                 _quieten(model.encoder.mlp, member)

@@ -31,7 +31,7 @@ class Architecture:
     convolutions, one per halving of an image; ``observed_condition`` makes an observed part of the row part
     of the condition; ``n_classes`` and ``n_attributes`` are what q(c | x) tells, if there is one;
     ``pseudo_inputs`` are those of a VampPrior, ``n_groups`` the classes that a member knows; ``n_paths`` linear paths
-    go with the first numbers of the condition vector.
+    go with the first numbers of the condition vector; ``linear_start`` says that linear paths began at factor analyses.
     """
 
     n_members: int
@@ -47,6 +47,7 @@ class Architecture:
     n_attributes: int = 0
     pseudo_inputs: int = 0
     n_groups: int = 1
+    linear_start: bool = False
     n_paths: int = 0
 
 

@@ -97,6 +97,7 @@ class ScoringEngine:
     scaling : location and scale of the real columns per class; None without classes
     part_weights : (M, 2) what each member's reconstruction and KL count in scores, the former of those that know a
         class in all 1; None: all alike, and the KL as much as the reconstruction
+    unlike : whether members were trained with other settings, so that the first alone fills in missing cells
     precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
         where the hardware does so; scores then agree with those in float32 within `tolerance`
     graphs : what scores complete rows in the place of torch; None: torch does
@@ -112,6 +113,7 @@ class ScoringEngine:
     aggregate: AggregatePosterior | None = None
     scaling: ClassScaling | None = None
     part_weights: Tensor | None = None
+    unlike: bool = False
     precision: Precision = "float32"
     chunk_rows: int | None = None
     limit: Limit = field(default_factory=Limit, compare=False)
@@ -434,7 +436,7 @@ class ScoringEngine:
 
         A network with a small KL weight is sure of its z even where cells are missing, and puts in worse values.
         """
-        if self.part_weights is None:
+        if not self.unlike:
             return chunk
         return replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
 

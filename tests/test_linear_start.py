@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,8 @@ import torch
 from scipy.stats import multivariate_normal
 
 from anomaly_cvae import CVAEDetector, linear_start
-from anomaly_cvae.factor_analysis import Moments, factors_of, fit_classes
+from anomaly_cvae.errors import BundleError
+from anomaly_cvae.factor_analysis import Moments, factors_of, fit_classes, turned_to
 from anomaly_cvae.metrics import roc_auc
 from anomaly_cvae.networks import StackedMLP
 
@@ -98,6 +101,34 @@ def test_a_constant_column_has_the_least_noise_and_nothing_breaks() -> None:
         assert np.linalg.eigvalsh(found).min() > 0.0
 
 
+def test_turned_factors_make_the_same_rows_and_resemble_the_others() -> None:
+    own, other = (factors_of(covariance(seed), 2, 1e-6) for seed in (1, 2))
+    turned = turned_to(own, other)
+    np.testing.assert_allclose(turned.covariance, own.covariance, atol=1e-12)
+    np.testing.assert_allclose(turned.readings, np.linalg.solve(own.covariance, turned.loadings), atol=1e-9)
+    exact = np.linalg.inv(np.eye(2) - turned.loadings.T @ turned.readings)
+    np.testing.assert_allclose(turned.precision, np.diag(exact), rtol=1e-9)
+    apart = [np.linalg.norm(one.loadings - other.loadings) for one in (own, turned)]
+    assert apart[1] < apart[0]
+    flipped = own.loadings[:, ::-1] * [-1.0, 1.0]
+    mixed = turned_to(own, replace(other, loadings=flipped, noise=own.noise))
+    np.testing.assert_allclose(mixed.loadings, flipped, atol=1e-9)
+
+
+def test_a_row_keeps_its_style_under_another_class() -> None:
+    """Two factors that both classes have, of which one varies more in the one class and one in the other."""
+    rng = np.random.default_rng(0)
+    of_b = np.arange(1000) % 2 == 1
+    style = rng.normal(size=(1000, 2))
+    loadings = np.repeat(np.eye(2), 3, axis=1)
+    cells = style * np.where(of_b[:, None], [0.8, 1.0], [1.0, 0.8]) @ loadings + 0.4 * rng.normal(size=(1000, 6))
+    rows = pd.DataFrame(cells + 3.0 * of_b[:, None], columns=list("abcdef")).assign(type=np.where(of_b, "B", "A"))
+    detector = CVAEDetector("type", **{**SMALL, "max_steps": 200, "hidden_dims": (32,), "random_state": 1}).fit(rows)
+    edited = detector.edit(rows[~of_b], condition_to="B")[list("abcdef")].to_numpy()
+    for place, columns in enumerate((slice(0, 3), slice(3, 6))):
+        assert np.corrcoef(edited[:, columns].mean(axis=1), style[~of_b, place])[0, 1] > 0.85
+
+
 def still(**parameters: object) -> CVAEDetector:
     """A detector whose training changes nothing."""
     return CVAEDetector("type", **{**SMALL, "max_steps": 1, "learning_rate": 1e-12, **parameters})
@@ -105,22 +136,35 @@ def still(**parameters: object) -> CVAEDetector:
 
 @pytest.mark.parametrize("conditioning", ["shared", "per_class"])
 def test_networks_begin_at_the_density_of_the_factor_analysis(conditioning: str, monkeypatch) -> None:
-    """Without hidden layers and training, the negative ELBO is minus the log-density of a normal distribution."""
+    """Without hidden layers and training, the negative ELBO is minus the log-density of a normal distribution.
+
+    Of factors that are not turned: given a row, turned ones depend on each other, which q(z | x, c) leaves out.
+    """
     monkeypatch.setattr(linear_start, "HIDDEN_START", 0.0)
+    monkeypatch.setattr(linear_start, "turned_to", lambda factors, _: factors)
     found = []
     monkeypatch.setattr(linear_start, "fit_classes", lambda *args: found.append(fit_classes(*args)) or found[-1])
     rows = table(400)
+    # Columns of other kinds stand before and behind those that factors are of, and add nothing: they are missing.
+    rows = rows.assign(colour=np.where(rows.index % 2, "red", "blue"), kind=rows.index % 7 % 3, torque=rows["a"])
     detector = still(
-        conditioning=conditioning, prior="standard", n_samples=512, likelihoods=dict.fromkeys(NAMES, "normal"),
-        dtype="float64",
+        conditioning=conditioning, prior="standard", n_samples=512, dtype="float64", mask_rate=0.0,
+        likelihoods={**dict.fromkeys(NAMES, "normal"), "torque": "student_t", "kind": "poisson"},
+        column_kinds={"kind": "count"},
     ).fit(rows)  # fmt: skip
-    engine, encoded = detector.model_.engine, detector.model_.encoder.encode(rows)
-    values = engine.scaling.to_class_units(encoded.values, encoded.class_index)
+    engine, encoder = detector.model_.engine, detector.model_.encoder
+    normal = np.array([column.likelihood == "normal" for column in encoder.columns])
+    assert not normal[0]
+    assert not normal[-1]
+    encoded = encoder.encode(rows)
+    parts = engine.column_scores(encoded)
+    values = engine.scaling.to_class_units(encoded.values, encoded.class_index)[:, normal]
     for k, factors in enumerate(found[0]):
         own = np.flatnonzero((encoded.class_index == k) & (np.abs(values) < 2.9).all(axis=1))
-        log_units = np.log(engine.scaling.scale[k]) + engine.model.log_units.numpy()
+        log_units = (np.log(engine.scaling.scale[k]) + engine.model.log_units.numpy())[normal]
         exact = log_units.sum() - multivariate_normal(np.zeros(5), factors.covariance).logpdf(values[own])
-        np.testing.assert_allclose(engine.negative_elbo(encoded.take(own)), exact, atol=0.15)
+        # The other columns say nothing of z yet.
+        np.testing.assert_allclose(parts.columns[own][:, normal].sum(axis=1) + parts.kl[own], exact, atol=0.15)
         assert exact.std() > 0.5
 
 
@@ -149,6 +193,7 @@ def test_few_rows_of_a_class_are_enough_to_tell_a_wrong_claim(conditioning: str)
         ({"hidden_dims": ()}, 0),
         ({"conditioning": "per_class"}, 0),
         ({"ignore_columns": ["b", "c", "d", "e"]}, 0),
+        ({"likelihoods": dict.fromkeys(NAMES, "student_t")}, 0),
     ],
 )
 def test_shared_networks_have_a_path_for_each_class_where_they_can(parameters: dict, expected: int) -> None:
@@ -166,6 +211,39 @@ def test_several_conditions_many_classes_and_many_columns_have_no_paths() -> Non
     )
     many = rows.assign(type=[f"kind {place % 33}" for place in rows.index])
     assert still().fit(many).model_.engine.model.architecture.n_paths == 0
+
+
+@pytest.mark.parametrize("conditioning", ["shared", "per_class"])
+def test_columns_without_a_normal_head_begin_plainly(conditioning: str) -> None:
+    rows = table(60)
+    heavy = still(conditioning=conditioning, likelihoods=dict.fromkeys(NAMES, "student_t")).fit(rows)
+    assert not heavy.model_.engine.model.architecture.linear_start
+    assert np.isfinite(heavy.negative_elbo(rows)).all()
+
+
+def test_rows_without_their_class_begin_plainly() -> None:
+    rows = table(60)
+    rows.loc[::2, "type"] = None
+    detector = still(objective="semi_supervised").fit(rows)
+    assert not detector.model_.engine.model.architecture.linear_start
+
+
+def test_means_of_classes_count_where_columns_are_not_scaled_by_class() -> None:
+    """With an inference head columns are not: a class's mean is then the start's to know."""
+    rows = table(200)
+    rows[NAMES] += 4.0 * rows["type"].str[-1].astype(float).to_numpy()[:, None]
+    detector = still(inference_head=True).fit(rows)
+    assert detector.model_.engine.scaling is None
+    expected = detector.reconstruct(rows)[NAMES].to_numpy()
+    assert np.abs(expected - rows[NAMES].to_numpy()).mean() < 1.0
+
+
+@pytest.mark.parametrize("conditioning", ["shared", "per_class"])
+def test_a_checkpoint_of_another_start_is_refused(conditioning: str, tmp_path) -> None:
+    rows, place = table(60), tmp_path / "progress"
+    still(conditioning=conditioning, checkpoint=place, linear_start=False).fit(rows)
+    with pytest.raises(BundleError):
+        still(conditioning=conditioning, checkpoint=place).fit(rows)
 
 
 def test_every_class_begins_along_the_path_of_its_own_level(monkeypatch) -> None:

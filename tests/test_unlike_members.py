@@ -1,4 +1,4 @@
-"""Networks of a bank that are trained unlike: each has its own settings, and counts by the spread of its scores."""
+"""Networks of a bank that are trained unlike: each has its own settings, and parts count by their spread."""
 
 from __future__ import annotations
 
@@ -214,6 +214,24 @@ def test_thresholds_allow_for_what_bfloat16_does_to_narrow_posteriors(
 def test_parts_without_spread_say_nothing_about_weights(parts: np.ndarray) -> None:
     expected = np.full((2, 2), 0.5)
     np.testing.assert_array_equal(by_spread(parts), expected)
+
+
+@pytest.mark.parametrize(
+    ("kl_weight", "part_weights", "first_alone"),
+    [((1.0, 0.01), "alike", True), ((1.0, 0.01), "spread", True), (1.0, "spread", False), (1.0, "alike", False)],
+)
+def test_who_fills_in_does_not_hang_on_how_parts_are_weighed(
+    table: pd.DataFrame, kl_weight: PerMember, part_weights: str, first_alone: bool, tmp_path
+) -> None:
+    parameters = {**SMALL, "max_steps": 20, "kl_weight": kl_weight, "part_weights": part_weights}
+    fitted = CVAEDetector("type", **parameters).fit(table)
+    for engine in (fitted.model_.engine, CVAEDetector.load(fitted.save(tmp_path / "model")).model_.engine):
+        rows = fitted.model_.encoder.encode(table)
+        others = replace(engine, model=copy.deepcopy(engine.model))
+        with torch.no_grad():
+            for parameter in others.model.parameters():
+                parameter[1] += 1.0
+        assert np.array_equal(engine.expected(rows), others.expected(rows)) == first_alone
 
 
 def test_the_first_network_fills_in_missing_cells(unlike: CVAEDetector, table: pd.DataFrame) -> None:

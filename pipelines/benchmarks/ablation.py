@@ -56,7 +56,8 @@ def section(table: pd.DataFrame) -> list[str]:
         f"`presets.FAST` with all rows for training, and one thing changed at a time; splits as above, seed {seeds}. "
         f"The {n_sets.get(PARTS[0], 0)} tuning sets are those whose labels were looked at when parameters were chosen; "
         f"those of the {n_sets.get(PARTS[1], 0)} others ({', '.join(sorted(set(own['data']) & set(UNSEEN)))}) chose "
-        "nothing but the KL weight of .1, which was picked when a first ablation of all sets had been seen. Behind "
+        "nothing but the KL weight of .1 and that parts are summed by their spread, which were picked when figures of "
+        "all sets had been seen. Behind "
         "each mean: the mean difference from the first line and, in brackets, its 95 % interval (sets "
         "drawn again 10,000 times).",
         "",
