@@ -19,6 +19,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+SLOWEST = (
+    "test_docs.py", "test_studies_digits.py", "test_studies_anomalies.py", "test_study_faces.py", "test_throughput.py",
+    "test_pipelines.py", "test_runs.py", "test_promises.py", "test_cli.py", "test_jobs.py",
+)  # fmt: skip
+"""Files whose tests start programs or train for long."""
+
+
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first: begun last, it would keep one worker busy when all others are done."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """Files that take longest come first: begun last, one would keep a worker busy when all others are done."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
