@@ -8,6 +8,8 @@ import numpy as np
 import page
 import pandas as pd
 
+from anomaly_cvae import plots
+
 FIGURES = ("roc_auc", "average_precision")
 NAMES = {"roc_auc": "AUROC", "average_precision": "average precision"}
 SECTION = "One class, tables"
@@ -27,6 +29,7 @@ figures and nothing else.
 """
 BOOTSTRAPS = 10_000
 OURS = "CVAE"
+DRAWN = "quality_seconds.png"
 FRESH_SEEDS = (3, 4)
 """Splits that nothing was chosen by."""
 
@@ -100,12 +103,15 @@ def write(path: Path, table: pd.DataFrame, published: pd.DataFrame | None) -> No
         "one seed, beside other work: upper bounds.",
         "",
         *summary(chosen),
+        f"![seconds and quality of every method]({DRAWN})",
+        "",
         *fresh(table),
         *paired(chosen),
         *([] if published is None else beside(table, published)),
         *by_set(chosen),
     ]
     page.write_section(path, SECTION, lines, title=TITLE, order=ORDER)
+    draw(chosen, path.with_name(DRAWN))
     per_set(chosen).to_csv(path.with_name("adbench.csv"), index=False, float_format="%.4f")
 
 
@@ -119,6 +125,29 @@ def summary(table: pd.DataFrame) -> list[str]:
         figures = f"{row['roc_auc']:.3f} | {row['average_precision']:.3f} | {row['rank']:.1f} | {row['wins']:.0f}"
         lines.append(f"| {_shown(method)} | {figures} | {row['seconds']:,.0f} | {row['seeds']:.0f} |")
     return [*lines, ""]
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Seconds for all sets against both figures, a point for each method; ours, from small to large, as a curve."""
+    found = means(table).sort_values("seconds")
+    drawn = plots.figure(11, 4.2)
+    for axes, figure in zip(drawn.subplots(1, 2), FIGURES, strict=True):
+        ours = found[found.index.str.startswith(OURS)]
+        axes.plot(ours["seconds"], ours[figure], color=plots.ANOMALY, lw=1.2, zorder=1)
+        for method, row in found.iterrows():
+            is_ours = str(method).startswith(OURS)
+            color = plots.ANOMALY if is_ours else plots.NORMAL
+            axes.scatter(row["seconds"], row[figure], color=color, s=28, zorder=2)
+            axes.annotate(
+                str(method), (row["seconds"], row[figure]), xytext=(0, -12 if is_ours else 6), textcoords="offset points", fontsize=7,
+                ha="right" if is_ours else "center", color=plots.INK,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.margins(x=0.2, y=0.1)
+        axes.grid(color=plots.GRID)
+        axes.set_xlabel("seconds for all sets, one thread")
+        axes.set_ylabel(f"{NAMES[figure]}, mean over sets")
+    drawn.savefig(path, dpi=110)
 
 
 def _shown(method: object) -> str:
