@@ -138,10 +138,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             is_ours = str(method).startswith(OURS)
             color = plots.ANOMALY if is_ours else plots.NORMAL
             axes.scatter(row["seconds"], row[figure], color=color, s=28, zorder=2)
-            axes.annotate(
-                str(method), (row["seconds"], row[figure]), xytext=(0, -12 if is_ours else 6), textcoords="offset points", fontsize=7,
-                ha="right" if is_ours else "center", color=plots.INK,
-            )  # fmt: skip
+            away, side = ((0, -12), "right") if is_ours else ((0, 6), "center")
+            place = {"xy": (row["seconds"], row[figure]), "xytext": away, "textcoords": "offset points", "ha": side}
+            axes.annotate(str(method), **place, fontsize=7, color=plots.INK)
         axes.set_xscale("log")
         axes.margins(x=0.2, y=0.1)
         axes.grid(color=plots.GRID)
