@@ -27,8 +27,8 @@ HEADS = ("robust_normal", "normal")
 """Likelihoods that a factor analysis says something about."""
 MOST_CLASSES = 32
 MOST_COLUMNS = 32
-"""Real columns. With 64 (pixels of digits, 90 rows of each to learn from) networks that began plainly came to explain
-held-out rows better, 51 nats against 55, and told wrong labels better; with 3 to 19 those that began here did."""
+"""Columns with such a head. With the 64 pixels of the demo, 90 rows of each digit, networks that began plainly came to
+explain held-out rows better, and told wrong labels better; with 3 to 19 columns those that began here did."""
 MOST_ROWS_OF_CLASS = 5_000
 LEAST_ROWS_OF_MEAN = 5
 HIDDEN_START = 0.1
