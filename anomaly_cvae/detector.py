@@ -96,8 +96,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         out), reconstructions' weights adding to 1, which is no bound on -log p(x | c); "auto": "spread" where networks
         are trained unlike (``kl_weight``, ``input_noise``), else "alike"
     linear_start : where classes share networks, each class has a linear path of its own through them, which begins at
-        a factor analysis of its rows that leans on the other classes; networks of one class begin there, too. For 2 to
-        32 columns with a (robust) normal head and as many classes, one categorical condition where networks are shared,
+        a factor analysis of its rows that leans on the other classes; networks of one class begin there, too. For 4 to
+        32 columns with a (robust) normal head, 2 to 32 classes, one categorical condition where networks are shared,
         priors "aggregate" and "standard"; not with images, ``condition_on_observed`` or rows that lack their class
     latent_dim : width of z; "auto": as many as columns, at most 32
     hidden_dims : widths of the encoder's hidden layers; the decoder mirrors them
