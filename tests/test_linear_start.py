@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 
 from anomaly_cvae import CVAEDetector, linear_start
 from anomaly_cvae.errors import BundleError
-from anomaly_cvae.factor_analysis import Moments, factors_of, fit_classes, turned_to
+from anomaly_cvae.factor_analysis import Moments, _covariances, factors_of, fit_classes, turned_to
 from anomaly_cvae.metrics import roc_auc
 from anomaly_cvae.networks import StackedMLP
 
@@ -127,6 +127,29 @@ def test_a_row_keeps_its_style_under_another_class() -> None:
     edited = detector.edit(rows[~of_b], condition_to="B")[list("abcdef")].to_numpy()
     for place, columns in enumerate((slice(0, 3), slice(3, 6))):
         assert np.corrcoef(edited[:, columns].mean(axis=1), style[~of_b, place])[0, 1] > 0.85
+
+
+def test_the_pooled_covariance_leans_on_independent_columns() -> None:
+    moments = [Moments.of(rows, np.random.default_rng(0)) for rows in drawn(200, (1, 1))]
+    free, leaning = (_covariances(moments, None, 1e6, diagonal, 1e-4)[0] for diagonal in (0.0, 1e6))
+    off = ~np.eye(5, dtype=bool)
+    assert np.abs(free[off]).mean() > 0.1
+    assert np.abs(leaning[off]).max() < 1e-3
+    np.testing.assert_allclose(np.diag(leaning), np.diag(free), rtol=1e-6)
+
+
+def test_the_start_knows_training_noise_and_missing_cells(monkeypatch) -> None:
+    """Noise is a part of every variance; what is missing is none of the moments."""
+    asked = []
+    monkeypatch.setattr(linear_start, "fit_classes", lambda *args: asked.append(args) or fit_classes(*args))
+    rows = table(400)
+    rows.loc[np.random.default_rng(0).random(len(rows)) < 0.5, "a"] = np.nan
+    still(input_noise=0.5).fit(rows)
+    moments, _, least_noise = asked[0]
+    assert least_noise == pytest.approx(0.25)
+    for own in moments:
+        outer, n_rows = own.without(None)
+        np.testing.assert_allclose(np.diag(outer) / n_rows, 1.0, atol=0.25)
 
 
 def still(**parameters: object) -> CVAEDetector:

@@ -16,7 +16,7 @@ from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
-from anomaly_cvae.part_weights import MOST_UNEQUAL, by_spread, parts_without_units
+from anomaly_cvae.part_weights import LEAST_ROWS_OF_SPREAD, MOST_UNEQUAL, by_spread, parts_without_units
 from anomaly_cvae.rows import DeviceRows
 from anomaly_cvae.training import PerMember, TrainingSettings, train
 
@@ -168,6 +168,33 @@ def test_weights_do_not_depend_on_the_units_of_columns(table: pd.DataFrame) -> N
     ]
     np.testing.assert_allclose(nats[0], nats[1], rtol=0.02, atol=0.1)
     torch.testing.assert_close(*(fitted.model_.engine.part_weights for fitted in fits), rtol=0.1, atol=0.0)
+
+
+def test_units_of_a_class_are_taken_out_where_cells_are_there(table: pd.DataFrame) -> None:
+    wide = table.copy()
+    wide.loc[wide["type"] == "pump", "a"] *= 50.0
+    wide.loc[::6, "a"] = np.nan
+    wide.loc[1::5, "a"] = np.nan
+    model = CVAEDetector("type", kl_weight=(1.0, 0.01), **{**SMALL, "max_steps": 5}).fit(wide).model_
+    rows, engine = model.encoder.encode(wide), model.engine
+    assert np.ptp(np.log(engine.scaling.scale), axis=0).max() > 0.1
+    log_units = engine.model.log_units.numpy() + np.log(engine.scaling.scale)[rows.class_index]
+    taken = (engine.member_parts(rows) - parts_without_units(engine, rows))[:, 0]
+    np.testing.assert_allclose(taken[:, 0], (rows.observed * log_units).sum(axis=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(taken[:, 1], 0.0)
+
+
+@pytest.mark.parametrize("validation_fraction", [0.0, 0.02])
+def test_training_rows_say_how_far_parts_spread_where_few_are_held_out(
+    table: pd.DataFrame, validation_fraction: float
+) -> None:
+    plain = CVAEDetector(
+        ignore_columns=["type"], kl_weight=(1.0, 0.01), validation_fraction=validation_fraction, **SMALL
+    ).fit(table)
+    assert len(plain.split_.validation) < LEAST_ROWS_OF_SPREAD
+    engine, rows = plain.model_.engine, plain.model_.encoder.encode(table.iloc[plain.split_.training])
+    expected = by_spread(parts_without_units(engine, rows))
+    np.testing.assert_allclose(engine.part_weights.numpy(), expected, rtol=1e-4)
 
 
 def test_weights_of_scores_that_are_mostly_alike_follow_the_standard_deviation() -> None:
