@@ -1,6 +1,7 @@
 """Every command and every piece of Python of the how-to pages runs as written, one after the other in one folder.
 
-But for one thing: trainings end after a few steps, as how well the models do is not looked at here.
+But for two things: trainings end after a few steps, as how well the models do is not looked at here, and the program is
+started from a process that has imported everything already.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from warm_program import write_client
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/command-line.md", "docs/batch-scoring.md", "docs/tracking.md", "docs/images.md")
-PROGRAM = Path(sys.executable).with_name("anomaly-cvae")
 FEW_STEPS = 60
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -58,14 +61,23 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return kept
 
 
-def impatient_program(place: Path) -> Path:
-    """A folder with an `anomaly-cvae` that adds a limit on steps to `train`."""
-    own = place / "anomaly-cvae"
+@contextmanager
+def impatient_program(place: Path) -> Iterator[Path]:
+    """A folder with an `anomaly-cvae` that adds a limit on steps to `train`, and need not import everything again."""
+    address, warm, own = place / "socket", place / "warm", place / "anomaly-cvae"
+    write_client(warm, address)
     own.write_text(
-        f'#!/bin/bash\nif [ "$1" = train ]; then set -- "$@" --set max_steps={FEW_STEPS}; fi\nexec "{PROGRAM}" "$@"\n'
+        f'#!/bin/bash\nif [ "$1" = train ]; then set -- "$@" --set max_steps={FEW_STEPS}; fi\nexec "{warm}" "$@"\n'
     )
     own.chmod(0o755)
-    return place
+    command = [sys.executable, Path(__file__).with_name("warm_program.py"), address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            yield place
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +86,22 @@ def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("docs")
     machines().to_csv(place / "ai4i2020.csv", index=False)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")}
-    program = impatient_program(tmp_path_factory.mktemp("bin"))
-    environment |= {"PATH": f"{program}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "80"}
-    for page in PAGES:
-        for kind, text in blocks(page):
-            if kind == "yaml":
-                (place / "pumps.yaml").write_text(text, encoding="utf-8")
-                continue
-            command = ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
-            ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-            assert ran.returncode == 0, f"{page}:\n{text}\n{ran.stdout}\n{ran.stderr}"
+    with impatient_program(tmp_path_factory.mktemp("bin")) as program:
+        environment |= {"PATH": f"{program}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "80"}
+        for page in PAGES:
+            for kind, text in blocks(page):
+                follow(page, kind, text, place, environment)
     return place
+
+
+def follow(page: str, kind: str, text: str, place: Path, environment: dict[str, str]) -> None:
+    """Do what one block says."""
+    if kind == "yaml":
+        (place / "pumps.yaml").write_text(text, encoding="utf-8")
+        return
+    command = ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
+    ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"{page}:\n{text}\n{ran.stdout}\n{ran.stderr}"
 
 
 def test_there_are_commands_on_every_page():
