@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,48 +19,37 @@ from sklearn.utils.validation import check_is_fitted
 from anomaly_cvae import bundle, checkpoints, explain
 from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
 from anomaly_cvae.devices import resolve_device
-from anomaly_cvae.encoding import LIKELIHOODS_OF_KIND, LIKELIHOODS_OF_PIXELS, Encoded
+from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
 from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
-from anomaly_cvae.fitting import FitSettings, Split, fit_model, now, who
-from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, is_table, level_cells
+from anomaly_cvae.fitting import Split, fit_model, now, who
+from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
 from anomaly_cvae.generative import Generative
 from anomaly_cvae.inputs import (
-    Layout,
     check_count,
-    condition_frame,
     feature_frame,
     resolve_keys,
     resolve_names,
     shortened,
 )
-from anomaly_cvae.objectives import objective
+from anomaly_cvae.interpretation import read_layout, read_schema
 from anomaly_cvae.parameters import CHOICES, check_parameters
 from anomaly_cvae.parquet_rows import Inputs, ParquetTable
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
 from anomaly_cvae.row_sample import draw_sample
 from anomaly_cvae.row_stream import BYTES_PER_CELL, FIT_MEMORY_BYTES, LEAST_SAMPLE, RowStream
 from anomaly_cvae.schema import (
-    Column,
-    Condition,
     Name,
     Schema,
-    as_attributes,
-    infer_column,
-    infer_condition,
-    observed_classes,
 )
 from anomaly_cvae.scoring import Precision
-from anomaly_cvae.training import PerMember, Training, TrainingSettings
+from anomaly_cvae.settings import fit_settings
+from anomaly_cvae.training import Training
 
 FLAGGED = -np.finfo(np.float64).tiny
 """Largest decision of a row that policy, not its score, makes an anomaly."""
 
 
-MOST_FAULTS = 20
-UNLIKE_KL_WEIGHTS = (1.0, 0.1)
-"""Of the networks of a table without a condition, in turn. Told a condition, a network with a small weight ranked rows
-of most tables worse, and its nats say less of which column is to blame."""
 UNKNOWN_CLASS = "(unknown class)"
 """Where rows of a class not seen in training, or with a missing condition, are grouped."""
 
@@ -311,11 +299,11 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
     def _fit(self, X: Any, y: Any, condition: Any, stream: RowStream | None = None, random_state: Any = None) -> Self:
         check_parameters(self)
         features = feature_frame(self, X, reset=True)
-        self.layout_, frame = self._read_layout(X, features, condition)
+        self.layout_, frame = read_layout(self, X, features, condition)
         self.schema_, likelihoods = self._schema_of(features, frame, stream)
         if self.checkpoint is not None:
             checkpoints.check_place(Path(self.checkpoint))
-        settings, random_state = self._fit_settings(), random_state or check_random_state(self.random_state)
+        settings, random_state = fit_settings(self, self.schema_), random_state or check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
             fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter, stream)
         self.model_ = fit.model
@@ -334,10 +322,10 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         self, features: pd.DataFrame, frame: pd.DataFrame, stream: RowStream | None
     ) -> tuple[Schema, dict[Name, str]]:
         if stream is None:
-            return self._infer_schema(features, frame)
+            return read_schema(self, self.layout_, features, frame)
         seen = stream.sample.seen.reindex(columns=features.columns)
         with stream.table.rows_named(stream.sample.seen_positions):
-            schema, likelihoods = self._infer_schema(seen, seen)
+            schema, likelihoods = read_schema(self, self.layout_, seen, seen)
         if schema.images:
             raise DataError(
                 f"column {schema.images[0].name!r} holds images: fit_files reads tables in parts; raise memory_bytes "
@@ -356,150 +344,9 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         check_parameters(self)
         fresh = clone(self)
         features = feature_frame(fresh, X, reset=True)
-        fresh.layout_, frame = fresh._read_layout(X, features, condition)
-        schema: Schema = fresh._infer_schema(features, frame)[0]
+        fresh.layout_, frame = read_layout(fresh, X, features, condition)
+        schema: Schema = read_schema(fresh, fresh.layout_, features, frame)[0]
         return schema
-
-    def _read_layout(self, X: Any, features: pd.DataFrame, condition: Any) -> tuple[Layout, pd.DataFrame]:
-        in_x = resolve_names(self.condition_columns, features, "condition_columns")
-        ignored = resolve_names(self.ignore_columns, features, "ignore_columns")
-        both = sorted(map(str, set(in_x) & set(ignored)))
-        if both:
-            raise ParameterError(f"{both} stand in condition_columns and in ignore_columns; keep one")
-        frame, passed = features, tuple[Name, ...]()
-        if condition is not None:
-            extra = condition_frame(condition, len(features), features.columns)
-            passed = tuple(extra.columns)
-            frame = pd.concat([features, extra.set_axis(features.index)], axis=1)
-        layout = Layout(tuple(features.columns), in_x, passed, ignored, is_table(X))
-        return layout, frame
-
-    def _infer_schema(self, features: pd.DataFrame, frame: pd.DataFrame) -> tuple[Schema, dict[Name, str]]:
-        layout = self.layout_
-        kinds = resolve_keys(self.column_kinds, frame, "column_kinds")
-        likelihoods = resolve_keys(self.likelihoods, frame, "likelihoods")
-        outside = {*layout.condition_columns, *layout.ignored}
-        names = [name for name in features.columns if name not in outside]
-        if explain.KL in names:
-            raise DataError(f"a column of x is called {explain.KL!r}, as the KL in explain is; rename the column")
-        if not names:
-            raise ParameterError(
-                f"no column is left for x: X has n_features = {features.shape[1]}, all of them conditions or ignored"
-            )
-        may_miss = self.objective == "semi_supervised"
-        conditions = as_attributes(
-            [infer_condition(frame[name], name, kinds.get(name), may_miss) for name in layout.conditions], kinds
-        )
-        self._check_objective(conditions)
-        columns = self._infer_columns(frame, names, kinds)
-        for column in columns:
-            head = likelihoods.get(column.name)
-            fitting = LIKELIHOODS_OF_KIND[column.kind]
-            what = f"a {column.kind} column"
-            if column.image is not None:
-                fitting, what = LIKELIHOODS_OF_PIXELS[column.image.pixels], f"an image of {column.image.pixels} pixels"
-            if head is not None and head not in fitting:
-                raise ParameterError(
-                    f"likelihoods[{column.name!r}] is {head!r}, but {what} goes with "
-                    f"{' or '.join(fitting)}; set column_kinds to change its kind"
-                )
-        if self.conditioning == "per_class" and any(c.kind != "categorical" for c in conditions):
-            name, kind = next((c.name, c.kind) for c in conditions if c.kind != "categorical")
-            what = "an attribute" if kind == "attribute" else kind
-            raise ParameterError(
-                f"condition {name!r} is {what} and has no classes: use conditioning='shared', or "
-                f"column_kinds={{{name!r}: 'categorical'}}"
-            )
-        cells = [level_cells(frame[c.name], c.name) for c in conditions if c.kind == "categorical"]
-        schema = Schema(columns, conditions, observed_classes(cells, layout.conditions), layout.ignored)
-        if self.score_kind in ("contrast", "both"):
-            require_contrast(schema)
-        return schema, likelihoods
-
-    def _check_objective(self, conditions: Sequence[Condition]) -> None:
-        """Raise unless the conditions are what the objective and the inference head need."""
-        if self.objective == "semi_supervised" and [c.kind for c in conditions] != ["categorical"]:
-            raise ParameterError(
-                "objective='semi_supervised' infers one categorical condition where it is missing; there "
-                f"{'are' if len(conditions) != 1 else 'is'} {[f'{c.name} ({c.kind})' for c in conditions] or 'none'}"
-            )
-        if self.inference_head and not any(c.kind != "continuous" for c in conditions):
-            raise ParameterError("inference_head=True infers the condition: it needs a categorical one or attributes")
-        if self.prior == "vamp" and self.condition_on_observed:
-            raise ParameterError("condition_on_observed=True learns p(z | observed): prior='vamp' has no place there")
-        if self.prior == "vamp" and any(c.kind != "categorical" for c in conditions):
-            raise ParameterError("prior='vamp' has pseudo-inputs per class: conditions must be categorical")
-
-    def _infer_columns(
-        self, frame: pd.DataFrame, names: Sequence[Name], kinds: Mapping[Name, str]
-    ) -> tuple[Column, ...]:
-        """Every column, or what is wrong with each of those that cannot be used, all at once."""
-        columns, faults = list[Column](), list[DataError]()
-        for name in names:
-            try:
-                columns.append(infer_column(frame[name], name, kinds.get(name)))
-            except DataError as fault:
-                faults.append(fault)
-        if len(faults) == 1:
-            raise faults[0]
-        if faults:
-            shown = "\n".join(f"- {fault}" for fault in faults[:MOST_FAULTS])
-            more = f"\n- and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-            raise DataError(f"{len(faults)} columns cannot be used as they are:\n{shown}{more}")
-        return tuple(columns)
-
-    def _fit_settings(self) -> FitSettings:
-        dtype = getattr(torch, self.dtype)
-        training = TrainingSettings(
-            max_steps=self.max_steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            objective=objective(self.objective, self.train_samples, self.free_bits),
-            kl_weight=self._per_member(self._kl_weight()),
-            input_noise=self._per_member(self.input_noise),
-            mask_rate=self.mask_rate,
-            mask_shapes=self.mask_shapes,  # type: ignore[arg-type]  # checked by check_parameters
-            patience=self.patience,
-            mixed_precision=bool(self.mixed_precision),
-            checkpoint=None if self.checkpoint is None else Path(self.checkpoint),
-        )
-        return FitSettings(
-            conditioning=self.conditioning,  # type: ignore[arg-type]  # checked by check_parameters
-            n_estimators=self.n_estimators,
-            part_weights=self.part_weights,  # type: ignore[arg-type]  # checked by check_parameters
-            linear_start=self.linear_start,
-            latent_dim=None if isinstance(self.latent_dim, str) else self.latent_dim,
-            hidden_dims=tuple(self.hidden_dims),
-            prior=self.prior,  # type: ignore[arg-type]  # checked by check_parameters
-            n_samples=self.n_samples,
-            scale_floor=self.scale_floor,
-            false_alarm_rate=self.false_alarm_rate,
-            contamination=None if isinstance(self.contamination, str) else float(self.contamination),
-            validation_fraction=self.validation_fraction,
-            calibration_fraction=self.calibration_fraction,
-            device=resolve_device(self.device, dtype),
-            dtype=dtype,
-            training=training,
-            channels=tuple(self.channels),
-            inference_head=self.inference_head or self.objective == "semi_supervised",
-            condition_on_observed=self.condition_on_observed,
-            with_parts=self.score_kind == "parts",
-            precision="bfloat16" if self.mixed_precision is True else "float32",
-        )
-
-    def _kl_weight(self) -> float | Sequence[float]:
-        if not isinstance(self.kl_weight, str):
-            return self.kl_weight
-        schema = self.schema_
-        is_plain = not (schema.conditions or schema.images or self.condition_on_observed)
-        return UNLIKE_KL_WEIGHTS if is_plain else 1.0
-
-    def _per_member(self, value: float | Sequence[float]) -> PerMember:
-        """Several numbers are dealt anew to the networks of every class; alike ones are one number."""
-        if not isinstance(value, Sequence):
-            return float(value)
-        dealt = tuple(islice(cycle(map(float, value)), self.n_estimators))
-        return dealt if len(set(dealt)) > 1 else dealt[0]
 
     def _history(self, training: Training) -> pd.DataFrame:
         lines = [

@@ -18,6 +18,7 @@ from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
 from anomaly_cvae.part_weights import LEAST_ROWS_OF_SPREAD, MOST_UNEQUAL, by_spread, parts_without_units
 from anomaly_cvae.rows import DeviceRows
+from anomaly_cvae.settings import fit_settings
 from anomaly_cvae.training import PerMember, TrainingSettings, train
 
 COLUMNS = tuple(FittedColumn(f"x{d}", "normal", observed=100) for d in range(4))
@@ -206,17 +207,17 @@ def test_weights_of_scores_that_are_mostly_alike_follow_the_standard_deviation()
 
 def test_weights_that_are_alike_are_one_number(table: pd.DataFrame) -> None:
     detector = CVAEDetector("type", kl_weight=(0.5, 0.5), input_noise=(0.1, 0.1, 0.2), **SMALL).fit(table)
-    training = detector._fit_settings().training
+    training = fit_settings(detector, detector.schema_).training
     assert (training.kl_weight, training.input_noise) == (0.5, 0.1)
 
 
 def test_networks_differ_by_default_where_there_is_no_condition(table: pd.DataFrame) -> None:
     few = {**SMALL, "max_steps": 5}
     plain = CVAEDetector(ignore_columns=["type"], **few).fit(table)
-    assert plain._fit_settings().training.kl_weight == (1.0, 0.1)
+    assert fit_settings(plain, plain.schema_).training.kl_weight == (1.0, 0.1)
     assert plain.model_.engine.part_weights is not None
     told = CVAEDetector("type", **few).fit(table)
-    assert told._fit_settings().training.kl_weight == 1.0
+    assert fit_settings(told, told.schema_).training.kl_weight == 1.0
     assert told.model_.engine.part_weights is None
     seen = CVAEDetector(ignore_columns=["type"], condition_on_observed=True, **few).fit(table)
     assert seen.model_.engine.part_weights is None
