@@ -14,6 +14,7 @@ from anomaly_cvae.errors import ConditionError
 from anomaly_cvae.frames import BoolArray, FloatArray, IntArray, Level, level_cells, numeric_cells
 from anomaly_cvae.images import as_cells, read_images, to_images
 from anomaly_cvae.schema import Column, Condition, Name, Schema, check_counts, check_same_type
+from anomaly_cvae.threads import in_threads
 
 ROWS_AT_A_TIME = 2_048
 LARGEST_VALUE = 1e15
@@ -243,23 +244,30 @@ class Encoder:
 
     def _encode_table(self, frame: pd.DataFrame) -> tuple[FloatArray, BoolArray]:
         values, observed = np.empty((len(frame), self.n_cells)), np.ones((len(frame), self.n_cells), dtype=np.bool_)
-        # Column by column, but few rows at a time: a column of a large row-major array touches all of its memory.
-        by_column = np.empty((self.n_cells, min(len(frame), ROWS_AT_A_TIME)))
-        plain = [self._plain_cells(place, frame) for place in range(len(self.columns))]
-        encoded = {place: self._encode(place, frame) for place, cells in enumerate(plain) if cells is None}
-        for first in range(0, len(frame), ROWS_AT_A_TIME):
-            rows = slice(first, min(first + ROWS_AT_A_TIME, len(frame)))
-            for place, raw in enumerate(plain):
-                cells = by_column[place, : rows.stop - first]
-                if raw is not None and not _standardise(raw[rows], self.columns[place], cells):
-                    # Missing, infinite or far out: found by the careful way, which also says where.
-                    plain[place], encoded[place] = None, self._encode(place, frame)
-                if place in encoded:
-                    cells[:] = encoded[place][0][rows]
-            values[rows] = by_column[:, : rows.stop - first].T
-        for place, (_, there) in encoded.items():
-            if not there.all():
-                observed[:, place] = there
+        cells = {place: self._plain_cells(place, frame) for place in range(len(self.columns))}
+        plain = {place: raw for place, raw in cells.items() if raw is not None}
+        others = {place: self._encode(place, frame) for place in cells if place not in plain}
+        numbers = [self.columns[place] for place in plain]
+        center, scale = (np.array([[getattr(c, part)] for c in numbers]) for part in ("center", "scale"))
+        places, infinite = np.array(list(plain), dtype=np.int64), set[int]()
+
+        def encode(rows: slice) -> None:
+            # All columns at once, but few rows: a column of a large row-major array touches all of its memory.
+            by_column = np.empty((self.n_cells, rows.stop - rows.start))
+            if plain:
+                raw = np.stack([column[rows] for column in plain.values()], dtype=np.float64)
+                by_column[places], there = _standardised(raw, center, scale)
+                if there is not None:
+                    observed[rows, places] = there.T
+                    infinite.update(places[np.isinf(raw).any(axis=1)].tolist())
+            for place, (found, there) in others.items():
+                by_column[place], observed[rows, place] = found[rows], there[rows]
+            values[rows] = by_column.T
+
+        bounds = range(0, len(frame), ROWS_AT_A_TIME)
+        in_threads(encode, [slice(first, min(first + ROWS_AT_A_TIME, len(frame))) for first in bounds])
+        for place in sorted(infinite):
+            self._encode(place, frame)  # which says in which row
         return values, observed
 
     def _encode(self, place: int, frame: pd.DataFrame) -> tuple[FloatArray, BoolArray]:
@@ -414,13 +422,15 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
 
 
-def _standardise(raw: np.ndarray, fitted: FittedColumn, out: FloatArray) -> bool:
-    """Standardised cells into ``out``, as `_encode_column` has them; False if some are missing or far out."""
+def _standardised(raw: FloatArray, center: FloatArray, scale: FloatArray) -> tuple[FloatArray, BoolArray | None]:
+    """Cells (D, N) as `_encode_column` has them, and which of them are there; None: all, and none far out."""
     with np.errstate(over="ignore", invalid="ignore"):
-        np.subtract(raw, fitted.center, out=out, dtype=np.float64)
-        np.divide(out, fitted.scale, out=out)
+        standard = (raw - center) / scale
         # Not so with NaN, either.
-        return bool(out.min() >= -LARGEST_VALUE and out.max() <= LARGEST_VALUE)
+        if standard.min() >= -LARGEST_VALUE and standard.max() <= LARGEST_VALUE:
+            return standard, None
+        there = ~np.isnan(raw)
+        return np.where(there, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), there
 
 
 def _encode_images(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[Any, BoolArray]:

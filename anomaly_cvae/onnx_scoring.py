@@ -7,7 +7,6 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,18 +137,6 @@ class OnnxBank:
                 NegativeElbo(self.model, self.noise, members, self.weights), inputs.tensors(), self.model.n_cells
             )
         return self.sessions[members.start]
-
-
-def in_threads(work: Callable[[Any], None], pieces: Iterator[Any]) -> None:
-    """Do the work on all pieces, as many at a time as torch has threads; graphs run without Python's lock."""
-    n_threads = torch.get_num_threads()
-    if n_threads == 1:
-        for piece in pieces:
-            work(piece)
-        return
-    with ThreadPoolExecutor(n_threads, thread_name_prefix="onnx") as pool:
-        for _ in pool.map(work, pieces):
-            pass
 
 
 def _unsuitable(model: CVAE, noise: Tensor) -> str:

@@ -20,10 +20,11 @@ from anomaly_cvae.lanes import Ring, lanes_of
 from anomaly_cvae.model import CVAE, Seen, Terms
 from anomaly_cvae.networks import full_float32, has_bfloat16
 from anomaly_cvae.objectives import accumulator
-from anomaly_cvae.onnx_scoring import ClassInputs, OnnxBank, in_threads
+from anomaly_cvae.onnx_scoring import ClassInputs, OnnxBank
 from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Mixture, Prior
 from anomaly_cvae.replays import Replays
 from anomaly_cvae.rows import Batch, tensor
+from anomaly_cvae.threads import in_threads
 
 # Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
 CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
@@ -478,6 +479,13 @@ class ScoringEngine:
             for array, found in zip(into, reduction(self._terms(chunk), self._weights_of(chunk.members)), strict=True):
                 array[chunk.places] = _numpy(found)
 
+        def of_piece(piece: Piece) -> None:
+            # What inference is, is a matter of each thread, too.
+            with self.inference():
+                self._attempt(lambda some: of_chunk(self._chunk(encoded, some)), piece)
+
+        if self.device.type == "cpu":
+            return in_threads(of_piece, self._pieces(encoded, padded=True))
         self._each(of_chunk, encoded, padded=True)
 
     def _overlapped(self, encoded: Encoded, reduction: reductions.Reduction, into: Sequence[FloatArray]) -> None:
