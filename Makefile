@@ -92,7 +92,7 @@ bench-missing: $(VENV)/.installed  ## Measure detection with missing cells on th
 bench-contextual: $(VENV)/.installed  ## Measure detection given a condition on tables and images in DATA=FOLDER (hours); adds it to docs/benchmarks/quality.md; OPTIONS="--parts ce"
 	$(BIN)/python pipelines/benchmarks/contextual.py $(DATA) $(OPTIONS)
 
-bench-ablation: $(VENV)/.installed-bench  ## Change one thing of the fast preset at a time on the npz files of DATA=FOLDER; writes docs/benchmarks/quality.md
+bench-ablation: $(VENV)/.installed-bench  ## Change one thing of the balanced preset at a time on the npz files of DATA=FOLDER; writes docs/benchmarks/quality.md
 	$(BIN)/python pipelines/benchmarks/ablation.py $(DATA) $(OPTIONS)
 
 PRESET ?= fast

@@ -84,7 +84,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "hidden_dims": (
         lambda value: isinstance(value, (tuple, list)) and all(_whole(width) for width in value),
-        "a tuple of whole numbers from 1 up, such as (256, 256), or () for a linear model",
+        "a tuple of whole numbers from 1 up, such as (128, 128), or () for a linear model",
     ),
 }
 

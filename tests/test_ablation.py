@@ -33,7 +33,7 @@ def measurements(change: str) -> pd.DataFrame:
     rows = [
         (data, method, 0, "", figure, figure / 2, 1.0)
         for data, figures in values.items()
-        for method, figure in zip(("CVAE fast", f"CVAE fast, {change}"), figures, strict=True)
+        for method, figure in zip(("CVAE balanced", f"CVAE balanced, {change}"), figures, strict=True)
     ]
     return pd.DataFrame(
         rows, columns=["data", "method", "seed", "parameters", "roc_auc", "average_precision", "seconds"]
@@ -42,7 +42,7 @@ def measurements(change: str) -> pd.DataFrame:
 
 def test_tuning_sets_and_others_stand_apart_with_the_difference_and_its_interval(tmp_path: Path) -> None:
     cells = cells_of(measurements("no noise"), tmp_path)
-    assert cells["the fast one"] == ["0.550", "0.275", "0.800", "0.400"]
+    assert cells["the balanced one"] == ["0.550", "0.275", "0.800", "0.400"]
     tuning, _, other, _ = cells["no noise"]
     assert tuning == "0.700, +0.150 (+0.100 to +0.200)"
     assert other == "0.700, -0.100 (-0.100 to -0.100)"
@@ -50,11 +50,11 @@ def test_tuning_sets_and_others_stand_apart_with_the_difference_and_its_interval
 
 def test_a_change_that_was_not_measured_on_every_set_of_a_part_is_not_compared_there(tmp_path: Path) -> None:
     table = measurements("no noise")
-    half = table[(table["method"] == "CVAE fast") | (table["data"] != "skin")]
+    half = table[(table["method"] == "CVAE balanced") | (table["data"] != "skin")]
     cells = cells_of(half, tmp_path)
     assert cells["no noise"][0].startswith("0.700, +0.150")
     assert cells["no noise"][2:] == ["not measured", "not measured"]
-    assert cells["the fast one"][2] == "0.800"
+    assert cells["the balanced one"][2] == "0.800"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_run_measures_what_is_missing_and_keeps_the_other_sections(folder: Pat
     first = run(*given, folder=tmp_path)
     assert first.returncode == 0, first.stderr
     table = pd.read_csv(tmp_path / "a.csv")
-    assert list(table["method"]) == ["CVAE fast", "CVAE fast, no noise"]
+    assert list(table["method"]) == ["CVAE balanced", "CVAE balanced, no noise"]
     assert table["roc_auc"].between(0.5, 1.0).all()
     assert "2 lines, 2 of them there already" in run(*given, folder=tmp_path).stdout
     assert "kept" in page.read_text(encoding="utf-8")

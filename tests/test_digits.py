@@ -13,7 +13,7 @@ def data() -> ClaimedDigits:
 
 
 def fit(data: ClaimedDigits, **parameters) -> CVAEDetector:
-    return CVAEDetector(**{**presets.FAST, "n_estimators": 1, "random_state": 0, **parameters}).fit(data.train)
+    return CVAEDetector(**{**presets.BALANCED, "n_estimators": 1, "random_state": 0, **parameters}).fit(data.train)
 
 
 @pytest.fixture(scope="module")

@@ -383,7 +383,7 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 @pytest.fixture(scope="module")
 def wide() -> CVAEDetector:
     """Three hidden layers, so that there are products between hidden ones; trained, so that scores say something."""
-    settings = {**presets.FAST, "hidden_dims": (32, 32, 32), "max_steps": 150, "random_state": 0, "kl_weight": 1.0}
+    settings = {**presets.BALANCED, "hidden_dims": (32, 32, 32), "max_steps": 150, "random_state": 0, "kl_weight": 1.0}
     return CVAEDetector("side", **settings).fit(_two_sides(600))
 
 

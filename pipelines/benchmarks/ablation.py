@@ -1,4 +1,4 @@
-"""What each part of the fast configuration is worth: one thing changed at a time, on the splits of `adbench`.
+"""What each part of the balanced configuration is worth: one thing changed at a time, on the splits of `adbench`.
 
     python pipelines/benchmarks/ablation.py FOLDER        # or: make bench-ablation DATA=FOLDER
 
@@ -22,14 +22,14 @@ import resumable
 
 RESULTS = Path("outputs/adbench/ablation.csv")
 SECTION = "Ablation"
-BASE = "CVAE fast"
+BASE = "CVAE balanced"
 UNSEEN = ("cover", "donors", "http", "magic.gamma", "skin", "campaign", "celeba")
 """Sets whose labels chose nothing."""
 PARTS = ("tuning", "other")
 
 
 def variants() -> list[str]:
-    """The fast one, and what is changed of it."""
+    """The balanced one, and what is changed of it."""
     return [BASE, *(f"{BASE}, {change}" for change in one_class_methods.ABLATION)]
 
 
@@ -53,7 +53,7 @@ def section(table: pd.DataFrame) -> list[str]:
     return [
         page.measured_on("make bench-ablation"),
         "",
-        f"`presets.FAST` with all rows for training, and one thing changed at a time; splits as above, seed {seeds}. "
+        f"The defaults with all rows for training, and one thing changed at a time; splits as above, seed {seeds}. "
         f"The {n_sets.get(PARTS[0], 0)} tuning sets are those whose labels were looked at when parameters were chosen; "
         f"those of the {n_sets.get(PARTS[1], 0)} others ({', '.join(sorted(set(own['data']) & set(UNSEEN)))}) chose "
         "nothing but the KL weight of .1 and that parts are summed by their spread, which were picked when figures of "
@@ -69,7 +69,7 @@ def section(table: pd.DataFrame) -> list[str]:
 
 
 def _line(own: pd.DataFrame, variant: str) -> str:
-    name = "the fast one" if variant == BASE else variant.removeprefix(f"{BASE}, ")
+    name = "the balanced one" if variant == BASE else variant.removeprefix(f"{BASE}, ")
     cells = [_cell(own[own["part"] == part], variant, figure) for part in PARTS for figure in ranking.FIGURES]
     return f"| {name} | {' | '.join(cells)} |"
 
@@ -114,7 +114,7 @@ def main() -> None:
         resumable.run_all(work, missing, arguments.workers, arguments.results, adbench.said)
     table = adbench.load(arguments.results)
     if not (table["method"] == BASE).any():
-        raise SystemExit("the fast one has not been measured: there is nothing to compare with")
+        raise SystemExit("the balanced one has not been measured: there is nothing to compare with")
     page.write_section(arguments.output, SECTION, section(table), title=ranking.TITLE, order=ranking.ORDER)
     print(f"written: {arguments.output}")
 

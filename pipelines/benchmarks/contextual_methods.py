@@ -24,10 +24,10 @@ ALL_ROWS: dict[str, Any] = {"contamination": 0.01}
 OURS: dict[str, dict[str, Any]] = {
     "CVAE fast": {**presets.FAST, **ALL_ROWS},
     "CVAE balanced": {**presets.BALANCED, **ALL_ROWS},
-    "CVAE fast, no linear start": {**presets.FAST, **ALL_ROWS, "linear_start": False},
-    "CVAE fast, parts by their spread": {**presets.FAST, **ALL_ROWS, "part_weights": "spread"},
+    "CVAE balanced, no linear start": {**presets.BALANCED, **ALL_ROWS, "linear_start": False},
+    "CVAE balanced, parts by their spread": {**presets.BALANCED, **ALL_ROWS, "part_weights": "spread"},
 }
-"""Presets, and the fast one with one thing changed."""
+"""Presets, and the balanced one with one thing changed."""
 ON_IMAGES: dict[str, Any] = {
     **presets.IMAGES, **ALL_ROWS, "channels": (16, 32), "latent_dim": 12, "scale_floor": 1.5, "patience": 40,
 }  # fmt: skip
@@ -43,17 +43,17 @@ DETERMINISTIC = ("kNN(5)", "LOF(20)")
 
 def methods_of(data: DataSet) -> list[tuple[str, str]]:
     """Method and way of every line of a set, ours first, the quick before the slow."""
-    found = [("CVAE fast", way) for way in OUR_WAYS if data.part != "f" or way != "no condition"]
+    found = [("CVAE balanced", way) for way in OUR_WAYS if data.part != "f" or way != "no condition"]
     found += [(peer, way) for peer in PEERS for way in WAYS if data.part != "f" or way != "no condition"]
     if data.part == "a" or "wrong class" in data.name:
         found += [(judge, GIVEN_CLASS) for judge in CONTRASTS]
     if data.part == "e":
         found.append((TRUTH, GIVEN_CLASS))
     if data.part in "bcde":
-        found += [("CVAE balanced", way) for way in OUR_WAYS]
+        found += [("CVAE fast", way) for way in OUR_WAYS]
     if data.part != "a":
-        found += [("CVAE fast, no linear start", way) for way in ("shared", "per class")]
-        found.append(("CVAE fast, parts by their spread", "shared"))
+        found += [("CVAE balanced, no linear start", way) for way in ("shared", "per class")]
+        found.append(("CVAE balanced, parts by their spread", "shared"))
     return found
 
 
@@ -79,7 +79,7 @@ def parameters_of(method: str, way: str, on_images: bool, limits: Limits) -> dic
         return {}
     if not on_images:
         # Told a condition, the networks of a preset are alike, and a second one is worth a thousandth.
-        one = {"n_estimators": 1} if method.startswith("CVAE fast") and way != "no condition" else {}
+        one = {"n_estimators": 1} if way != "no condition" else {}
         return {**OURS[method], **one}
     batch = IMAGES_PER_NETWORK if way == "per class" else ON_IMAGES["batch_size"]
     return {**ON_IMAGES, "max_steps": limits.image_steps, "batch_size": batch}

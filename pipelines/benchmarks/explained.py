@@ -97,7 +97,7 @@ def run(task: cases.Task) -> list[dict[str, object]]:
     """Fit once; spoil rows, and ask everyone which cells were spoiled."""
     case = cases.load(task.data, task.place)
     learned, fresh = cases.halves(case.normal, task.seed, ROWS)
-    detector = CVAEDetector(**presets.FAST, random_state=task.seed).fit(learned)
+    detector = CVAEDetector(**presets.BALANCED, random_state=task.seed).fit(learned)
     detector.recalibrate(false_alarm_rate=ALARM_RATE)
     lines = figures(detector, learned.to_numpy(), fresh, task.seed)
     return [{**asdict(task), "place": task.place.name, **asdict(line)} for line in lines]
@@ -162,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     places = {name: place for name, place in cases.sets(arguments.folder).items() if serves(place)}
     names = cases.asked(parser, places, arguments.only)
-    parameters = resumable.digest(presets.FAST)
+    parameters = resumable.digest(presets.BALANCED)
     tasks = [cases.Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
     table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     explained_page.write(arguments.output, table[table["parameters"] == parameters])

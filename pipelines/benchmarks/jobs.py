@@ -66,7 +66,7 @@ def run(arguments: list[str], folder: Path) -> tuple[str, float, float]:
 def streaming(folder: Path, n_rows: int) -> list[str]:
     """Score one Parquet file from the command line, and part of it from memory."""
     rng = np.random.default_rng(1)
-    detector = CVAEDetector(["kind"], random_state=0, **{**presets.FAST, "n_estimators": 1}).fit(
+    detector = CVAEDetector(["kind"], random_state=0, **{**presets.BALANCED, "n_estimators": 1}).fit(
         made_up.rows(TRAINING_ROWS, COLUMNS, rng)
     )
     detector.save(folder / "model")
@@ -92,7 +92,7 @@ def streaming(folder: Path, n_rows: int) -> list[str]:
         f"## Scoring {n_rows:,} rows of {COLUMNS} columns from one Parquet file",
         "",
         "`anomaly-cvae score`, tracking included, against `score_table` on rows that are in memory already, in batches "
-        "of the same size. FAST preset, but one network (of 128-128, 4 points of z), 3 classes. Peak memory is that of "
+        "of the same size. BALANCED preset, but one network (of 128-128, 4 points of z), 3 classes. Peak memory is that of "
         "the whole process; the stages overlap.",
         "",
         "| round | from memory, rows/s | from Parquet to Parquet, rows/s | ratio | peak memory | at work |",
