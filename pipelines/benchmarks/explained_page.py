@@ -38,8 +38,8 @@ def introduction(table: pd.DataFrame) -> str:
     """What was run."""
     return (
         f"{table['data'].nunique()} sets of real columns, {ranking.seeds_run(table)}, at most "
-        f"{table['rows'].max()} fresh normal rows of each; the balanced preset. One, two or three cells of a row get the "
-        "value of another random row, at least a quarter of the column's ranks away: each cell stays ordinary by "
+        f"{table['rows'].max()} fresh normal rows of each; the balanced preset. One, two or three cells of a row get "
+        "the value of another random row, at least a quarter of the column's ranks away: each cell stays ordinary by "
         "itself. Figures: the share of the spoiled columns among as many columns ranked first, mean over sets; "
         "*flagged*: only rows that the detector flags at 5 % (where there are any). `repair` and *in turn* (the cell "
         "to blame most is hidden as missing, and the others are asked again) were chosen on split 100 of "

@@ -110,8 +110,8 @@ def main() -> None:
     fast, slow, ratio = fitting(max(1, arguments.repeats - 2))
     lines += [
         "",
-        "Fitting the digits, one network per digit, else the BALANCED preset, without early stopping (same steps on both "
-        "sides), calibration included:",
+        "Fitting the digits, one network per digit, else the BALANCED preset, without early stopping (same steps on "
+        "both sides), calibration included:",
         "",
         "| way | seconds |",
         "|---|---|",

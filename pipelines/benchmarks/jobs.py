@@ -92,8 +92,8 @@ def streaming(folder: Path, n_rows: int) -> list[str]:
         f"## Scoring {n_rows:,} rows of {COLUMNS} columns from one Parquet file",
         "",
         "`anomaly-cvae score`, tracking included, against `score_table` on rows that are in memory already, in batches "
-        "of the same size. BALANCED preset, but one network (of 128-128, 4 points of z), 3 classes. Peak memory is that of "
-        "the whole process; the stages overlap.",
+        "of the same size. BALANCED preset, but one network (of 128-128, 4 points of z), 3 classes. Peak memory is "
+        "that of the whole process; the stages overlap.",
         "",
         "| round | from memory, rows/s | from Parquet to Parquet, rows/s | ratio | peak memory | at work |",
         "|---|---|---|---|---|---|",
