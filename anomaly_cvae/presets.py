@@ -22,6 +22,7 @@ IMAGES: dict[str, Any] = {
     "n_samples": 1,
     "mask_rate": 0.0,
     "max_steps": 2000,
+    "batch_size": 128,
     "mixed_precision": "training",
 }
 """For columns of images: one convolutional network, one sample of z per score, bfloat16 in training if possible."""
