@@ -1,6 +1,7 @@
 """The benchmark of speed, run with tiny sizes: it measures, and says what it could not measure."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,9 @@ def test_verdicts(said):
     assert said[1] == "| a | >= 2 x | 2 x (2 to 2) | reached |"
     assert said[2] == "| b | <= 1.1 s | 1.2 s | **missed** |"
     assert said[3] == "| c | >= 4 x | no | |"
+
+
+def test_what_products_alone_allow_is_said(page):
+    found = re.search(r"would make ([\d.,]+) x.* in float32 and ([\d.,]+) x.* in bfloat16 of the best eager", page)
+    assert found, "what the machine's arithmetic allows at most"
+    assert all(float(number) > 0 for number in found.groups())

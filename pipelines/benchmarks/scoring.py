@@ -163,6 +163,7 @@ def section(n_rows: int, rounds: int, folder: Path) -> list[str]:
         f"{operations_per_row():,} floating-point operations a row. {n_rows:,} rows, {rounds} rounds.",
         "",
         *goal_table(goals(rates)),
+        *_most(rates, eager),
         "What the machine can do; of the products, the best over the shapes of the reference network:",
         "",
         "| limit | rate |",
@@ -183,6 +184,17 @@ def section(n_rows: int, rounds: int, folder: Path) -> list[str]:
             for name in ways
         ),
         *([] if rates.has("engine, bfloat16") else ["| engine, bfloat16 | not in this version | | |"]),
+    ]
+
+
+def _most(rates: Rates, eager: np.ndarray) -> list[str]:
+    """What the products alone would allow: no goal beyond that can be reached on this machine."""
+    kinds = [kind for kind in ("float32", "bfloat16") if rates.has(kind)]
+    most = [f"{spread(rates.best(kind) / operations_per_row() / eager, ' x')} in {kind}" for kind in kinds]
+    return [
+        "The network's products alone, all at the best rate of the same round and nothing beside them, would make "
+        f"{' and '.join(most)} of the best eager chunks: goals beyond that cannot be reached here.",
+        "",
     ]
 
 
