@@ -84,13 +84,13 @@ def run(files: dict[str, Path], task: Task) -> list[dict[str, object]]:
     with np.load(files[task.data]) as loaded:
         X, y = loaded["X"].astype(np.float64), loaded["y"].ravel()
     train, test, is_anomaly = split(X, y, task.seed)
-    started = time.perf_counter()
+    started = time.process_time()  # what it costs does not depend on what else runs
     scores = one_class_methods.METHODS[task.method](train, test, task.seed)
     result = Result(
         **asdict(task), parameters=digest(task.method), training_rows=len(train), test_rows=len(test),
         roc_auc=metrics.roc_auc(is_anomaly, scores),
         average_precision=metrics.average_precision(is_anomaly, scores),
-        seconds=time.perf_counter() - started,
+        seconds=time.process_time() - started,
     )  # fmt: skip
     return [asdict(result)]
 
