@@ -171,9 +171,10 @@ claimed = np.array((["a"] * 10 + ["b"] * 10 + ["b"] * 10 + ["a"] * 9 + ["c"]))
 wrong = np.array([False] * 10 + [True] * 10 + [False] * 10 + [True] * 10)
 for judge in CONTRASTS.values():
     scores = judge(train, own, test, claimed, 0)
-    print(scores[wrong].min() > scores[~wrong].max(), scores.argmax() == 39)
+    far = judge(train, own, 1e3 * test, claimed, 0)
+    print(scores[wrong].min() > scores[~wrong].max(), scores.argmax() == 39, np.isfinite(far).all())
 """)
-    assert said == ["True True"] * 5
+    assert said == ["True True True"] * 5
 
 
 def test_ours_tells_wrong_claims_by_the_contrast_and_nothing_without_the_class() -> None:

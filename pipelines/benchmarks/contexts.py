@@ -64,7 +64,7 @@ class Limits:
 
     training_images: int = TRAINING_IMAGES
     test_images: int = 2_000
-    image_steps: int = 400
+    image_steps: int = 1_200
 
 
 def sets(limits: Limits) -> list[DataSet]:

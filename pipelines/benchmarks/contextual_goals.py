@@ -13,7 +13,7 @@ from conditional_peers import PEERS
 from contextual_methods import OURS
 
 SHARED = "shared"
-ELBO, CONTRAST = "negative ELBO", "contrast"
+ELBO, CONTRAST, HEAD = "negative ELBO", "contrast", "inference head"
 MOST_LOST = 0.02
 METHOD = "CVAE balanced"
 """It stands for a goal."""
@@ -32,7 +32,9 @@ class Goal:
 
 GOALS = (
     Goal("a", "MNIST", "roc_auc", 0.9993, CONTRAST),
+    Goal("a", "MNIST", "roc_auc", 0.9993, HEAD),
     Goal("a", "Fashion-MNIST", "roc_auc", 0.992, CONTRAST),
+    Goal("a", "Fashion-MNIST", "roc_auc", 0.992, HEAD),
     Goal("b", "NSL-KDD, protocol", "roc_auc", 0.972, ELBO),
     Goal("b", "NSL-KDD, protocol and service", "roc_auc", 0.972, ELBO),
     Goal("c", "AI4I", "roc_auc", 0.900, ELBO),
@@ -51,7 +53,9 @@ def lines(table: pd.DataFrame) -> list[str]:
         return []
     head = [
         "The line of ours that stands for a goal is the shared network with the defaults (balanced), by the "
-        "contrast where claims are asked about, by the negative ELBO elsewhere; *best of ours* is chosen in hindsight.",
+        "contrast where claims are asked about (of images by q(c given x), too, the inference head that is trained "
+        "with the network: lines added when its first figures had been seen), by the negative ELBO elsewhere; *best of "
+        "ours* is chosen in hindsight.",
         "",
         "| set | figure | goal | measured | | best of ours | best peer, no contrast | best peer |",
         "|---|---|---|---|---|---|---|---|",
@@ -80,10 +84,13 @@ def best(table: pd.DataFrame, part: str, data: str, figure: str, whose: str) -> 
     return f"{means.max():.4f} ({said})"
 
 
-def _line(table: pd.DataFrame, part: str, data: str, figure: str, goal: str, measured: float, is_reached: bool) -> str:
+def _line(
+    table: pd.DataFrame, part: str, data: str, figure: str, goal: str, measured: float, is_reached: bool,
+    what: str | None = None,
+) -> str:  # fmt: skip
     others = " | ".join(best(table, part, data, figure, whose) for whose in ("ours", "three ways", "peers"))
     verdict = "reached" if is_reached else "**missed**"
-    return f"| {data} | {NAMES[figure]} | {goal} | {measured:.4f} | {verdict} | {others} |"
+    return f"| {data} | {what or NAMES[figure]} | {goal} | {measured:.4f} | {verdict} | {others} |"
 
 
 def of_goal(table: pd.DataFrame, goal: Goal) -> str:
@@ -92,7 +99,8 @@ def of_goal(table: pd.DataFrame, goal: Goal) -> str:
     if found is None:
         return ""
     least = f">= {goal.least:g}"
-    return _line(table, goal.part, goal.data, goal.figure, least, found, found >= goal.least)
+    what = f"{NAMES[goal.figure]}{', inference head' if goal.score == HEAD else ''}"
+    return _line(table, goal.part, goal.data, goal.figure, least, found, found >= goal.least, what)
 
 
 def made_up(table: pd.DataFrame) -> list[str]:

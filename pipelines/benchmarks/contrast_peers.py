@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from conditional_peers import mixture_of, reduced
-from scipy.special import logsumexp
+from scipy.special import log_softmax, logsumexp
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
@@ -57,7 +57,8 @@ def logistic(train: np.ndarray, own: np.ndarray, test: np.ndarray, claimed: np.n
     """-log p(claimed class given x) of multinomial logistic regression on standardised columns."""
     scaler = StandardScaler().fit(train)
     model = LogisticRegression(max_iter=300).fit(scaler.transform(train), own)
-    log_proba = model.predict_log_proba(scaler.transform(test))
+    # Not predict_log_proba: the logarithm of a probability that rounds to 0 is infinite.
+    log_proba = log_softmax(model.decision_function(scaler.transform(test)), axis=1)
     return of_claims(-log_proba, model.classes_, claimed, None)
 
 
