@@ -59,13 +59,18 @@ def test_there_are_no_threads_for_one_piece_or_where_torch_has_one(threads: int,
     assert seen == [threading.get_ident()] * pieces
 
 
-def test_what_fails_in_a_thread_fails_here(three_threads: None) -> None:
+def test_what_fails_in_a_thread_fails_here_and_ends_the_work(three_threads: None) -> None:
+    done = list[int]()
+
     def work(piece: int) -> None:
         if piece == 7:
             raise ValueError("the seventh")
+        time.sleep(0.005)
+        done.append(piece)
 
     with pytest.raises(ValueError, match="the seventh"):
-        in_threads(work, range(20))
+        in_threads(work, range(500))
+    assert len(done) < 100, "pieces that had not begun are left"
 
 
 def _table(n_rows: int, seed: int) -> pd.DataFrame:
