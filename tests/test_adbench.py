@@ -102,7 +102,7 @@ def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--methods", "nearest"], "no method 'nearest'; there are CVAE balanced"),
+        (["--methods", "nearest"], "no method 'nearest'; there are CVAE fast"),
         (["--only", "moon"], "holds no set 'moon'; there are line, far"),
     ],
 )

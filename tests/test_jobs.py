@@ -145,7 +145,7 @@ def test_the_folder_is_the_name_unless_another_is_named() -> None:
 def test_the_detectors_own_parameters_win_over_the_preset() -> None:
     parameters = load_config(None, {"preset": "fast", "detector": {"max_steps": 7}}).detector_parameters()
     assert parameters["max_steps"] == 7
-    assert parameters["hidden_dims"] == (128, 128)
+    assert parameters["hidden_dims"] == (64, 64)
 
 
 @pytest.mark.parametrize(
