@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 FAST: dict[str, Any] = {"hidden_dims": (64, 64), "max_steps": 500}
-"""Smaller networks, shorter training: half of the time."""
+"""Smaller networks, shorter training."""
 
 BALANCED: dict[str, Any] = {}
 """The defaults of `CVAEDetector`."""
