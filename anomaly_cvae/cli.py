@@ -98,7 +98,7 @@ def train(
         list[str] | None, typer.Option(help="COLUMN=real|binary|categorical|count|continuous; repeatable.")
     ] = None,
     likelihood: Annotated[list[str] | None, typer.Option(help="COLUMN=LIKELIHOOD; repeatable.")] = None,
-    preset: Annotated[Preset | None, typer.Option(help="Size of the networks and time (balanced, or images).")] = None,
+    preset: Annotated[Preset | None, typer.Option(help="Size and number of networks (balanced, or images).")] = None,
     conditioning: Annotated[Conditioning | None, typer.Option(help="One network, or one per class (shared).")] = None,
     score_kind: Annotated[ScoreKind | None, typer.Option(help="Unlikely row, wrong condition, or both (elbo).")] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Share of normals that may be flagged (0.01).")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from anomaly_cvae.images import as_cells, read_images, to_images
 from anomaly_cvae.schema import Column, Condition, Name, Schema, check_counts, check_same_type
 from anomaly_cvae.threads import in_threads
 
-ROWS_AT_A_TIME = 2_048
+CELLS_AT_A_TIME, LEAST_ROWS_AT_A_TIME = 1 << 17, 64
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
 LEAST_CLASS_SCALE = 1e-3
@@ -247,8 +247,10 @@ class Encoder:
         cells = {place: self._plain_cells(place, frame) for place in range(len(self.columns))}
         plain = {place: raw for place, raw in cells.items() if raw is not None}
         others = {place: self._encode(place, frame) for place in cells if place not in plain}
-        numbers = [self.columns[place] for place in plain]
-        center, scale = (np.array([[getattr(c, part)] for c in numbers]) for part in ("center", "scale"))
+        numbers = list(plain.values())
+        center, scale = (
+            np.array([[getattr(self.columns[place], part)] for place in plain]) for part in ("center", "scale")
+        )
         places, infinite = np.array(list(plain), dtype=np.int64), set[int]()
 
         def encode(rows: slice) -> None:
@@ -256,16 +258,18 @@ class Encoder:
             by_column = np.empty((self.n_cells, rows.stop - rows.start))
             if plain:
                 raw = np.stack([column[rows] for column in plain.values()], dtype=np.float64)
-                by_column[places], there = _standardised(raw, center, scale)
-                if there is not None:
-                    observed[rows, places] = there.T
-                    infinite.update(places[np.isinf(raw).any(axis=1)].tolist())
+                for i, there in _standardise(raw, center, scale):
+                    observed[rows, places[i]] = there
+                    if np.isinf(numbers[i][rows]).any():
+                        infinite.add(int(places[i]))
+                by_column[places] = raw
             for place, (found, there) in others.items():
                 by_column[place], observed[rows, place] = found[rows], there[rows]
             values[rows] = by_column.T
 
-        bounds = range(0, len(frame), ROWS_AT_A_TIME)
-        in_threads(encode, [slice(first, min(first + ROWS_AT_A_TIME, len(frame))) for first in bounds])
+        at_a_time = max(LEAST_ROWS_AT_A_TIME, CELLS_AT_A_TIME // max(self.n_cells, 1))
+        bounds = range(0, len(frame), at_a_time)
+        in_threads(encode, [slice(first, min(first + at_a_time, len(frame))) for first in bounds])
         for place in sorted(infinite):
             self._encode(place, frame)  # which says in which row
         return values, observed
@@ -422,15 +426,20 @@ def _encode_column(column: Column, fitted: FittedColumn, cells: pd.Series) -> tu
     return np.where(observed, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), observed
 
 
-def _standardised(raw: FloatArray, center: FloatArray, scale: FloatArray) -> tuple[FloatArray, BoolArray | None]:
-    """Cells (D, N) as `_encode_column` has them, and which of them are there; None: all, and none far out."""
+def _standardise(cells: FloatArray, center: FloatArray, scale: FloatArray) -> Iterator[tuple[int, BoolArray]]:
+    """Make cells (D, N) in place what `_encode_column` makes of them; says which are there in columns that are not all.
+
+    Columns with cells far out are among these.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
-        standard = (raw - center) / scale
+        np.subtract(cells, center, out=cells)
+        np.divide(cells, scale, out=cells)
         # Not so with NaN, either.
-        if standard.min() >= -LARGEST_VALUE and standard.max() <= LARGEST_VALUE:
-            return standard, None
-        there = ~np.isnan(raw)
-        return np.where(there, np.clip(standard, -LARGEST_VALUE, LARGEST_VALUE), 0.0), there
+        plain = (cells.min(axis=1) >= -LARGEST_VALUE) & (cells.max(axis=1) <= LARGEST_VALUE)
+    for i in np.flatnonzero(~plain).tolist():
+        there = ~np.isnan(cells[i])
+        cells[i] = np.where(there, np.clip(cells[i], -LARGEST_VALUE, LARGEST_VALUE), 0.0)
+        yield i, there
 
 
 def _encode_images(column: Column, fitted: FittedColumn, cells: pd.Series) -> tuple[Any, BoolArray]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from threading import Lock, Semaphore, Thread
 from typing import TypeVar
 
 import torch
@@ -17,14 +17,66 @@ def in_threads(work: Callable[[Piece], None], pieces: Iterable[Piece]) -> None:
 
     One product on several threads waits for the slowest of them at every layer, and for Python between layers; whole
     pieces wait for nothing. Work that leaves Python's lock alone most of the time gains, which numpy, torch and graphs
-    do on large arrays. How many threads torch has is a number of each thread, so the caller's stays what it is.
+    do on large arrays.
     """
     n_threads, rest = torch.get_num_threads(), iter(pieces)
     first = list(islice(rest, 2))
-    if n_threads == 1 or len(first) < 2:
-        for piece in chain(first, rest):
-            work(piece)
-        return
-    with ThreadPoolExecutor(n_threads, "pieces", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in pool.map(work, chain(first, rest)):
-            pass
+    rest = chain(first, rest)
+    if n_threads > 1 and len(first) > 1:
+        _Crew(work, rest).run(n_threads)
+    # Nothing is left but where there can be no threads, as at the end of the interpreter.
+    for piece in rest:
+        work(piece)
+
+
+class _Crew:
+    """Threads that take piece after piece, until there is none or one of them fails.
+
+    Not a pool of `concurrent.futures`: once the main thread has ended, these take no more work.
+    """
+
+    def __init__(self, work: Callable[[Piece], None], pieces: Iterator[Piece]) -> None:
+        self._work, self._pieces, self._lock = work, pieces, Lock()
+        self._ready, self._faults = Semaphore(0), list[BaseException]()
+
+    def run(self, n_threads: int) -> None:
+        threads = list(self._started(n_threads))
+        try:
+            for _ in threads:
+                self._ready.acquire()
+            # Threads have noted "one" where every new thread of the process looks first: that is put back.
+            torch.set_num_threads(n_threads)
+            for thread in threads:
+                thread.join()
+        except BaseException as fault:  # Ctrl-C: no thread begins another piece
+            self._faults.append(fault)
+            for thread in threads:
+                thread.join()
+            raise
+        if self._faults:
+            raise self._faults[0]
+
+    def _started(self, n_threads: int) -> Iterator[Thread]:
+        for number in range(n_threads):
+            thread = Thread(target=self._take_pieces, name=f"pieces-{number}")
+            try:
+                thread.start()
+            except RuntimeError:
+                return
+            yield thread
+
+    def _take_pieces(self) -> None:
+        try:
+            torch.get_num_threads()  # A thread's first look takes the process's number; its own comes after.
+            torch.set_num_threads(1)
+        finally:
+            self._ready.release()
+        try:
+            while not self._faults:
+                with self._lock:
+                    some = list(islice(self._pieces, 1))
+                if not some:
+                    return
+                self._work(some[0])
+        except BaseException as fault:
+            self._faults.append(fault)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,8 @@ def blocks(page: str) -> list[tuple[str, str]]:
 @contextmanager
 def impatient_program(place: Path) -> Iterator[Path]:
     """A folder with an `anomaly-cvae` that adds a limit on steps to `train`, and need not import everything again."""
-    address, warm, own = place / "socket", place / "warm", place / "anomaly-cvae"
+    # The address of a socket may have about 100 characters, a folder of pytest more.
+    address, warm, own = Path(tempfile.mkdtemp()) / "socket", place / "warm", place / "anomaly-cvae"
     write_client(warm, address)
     own.write_text(
         f'#!/bin/bash\nif [ "$1" = train ]; then set -- "$@" --set max_steps={FEW_STEPS}; fi\nexec "{warm}" "$@"\n'

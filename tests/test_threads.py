@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +75,34 @@ def test_what_fails_in_a_thread_fails_here_and_ends_the_work(three_threads: None
     assert len(done) < 100, "pieces that had not begun are left"
 
 
+def test_threads_that_begin_later_have_what_torch_had_before(three_threads: None) -> None:
+    in_threads(lambda _: None, range(20))
+    seen = list[int]()
+    later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert seen == [3]
+
+
+AT_THE_END = """
+import atexit, threading, torch
+from anomaly_cvae.threads import in_threads
+torch.set_num_threads(3)
+done = []
+def finish():
+    threading.main_thread().join()
+    in_threads(done.append, range(20))
+    print(sorted(done) == list(range(20)), flush=True)
+threading.Thread(target=finish).start()
+atexit.register(lambda: (in_threads(done.append, range(20, 30)), print(len(done), flush=True)))
+"""
+
+
+def test_work_is_done_when_the_main_thread_has_ended() -> None:
+    ran = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False)
+    assert (ran.stdout.split(), ran.stderr) == (["True", "30"], "")
+
+
 def _table(n_rows: int, seed: int) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     kind = rng.integers(0, 3, n_rows)
@@ -131,5 +161,6 @@ def test_an_infinite_cell_in_any_block_is_named_by_its_row(
 ) -> None:
     wrong = rows.copy()
     wrong.loc[5_432, "d"] = -np.inf
+    wrong.loc[5_430, "e"] = np.nan
     with pytest.raises(DataError, match=r"column 'd' has -inf .* in row 5432"):
         detector.score_samples(wrong)

@@ -3,11 +3,13 @@
     python warm_program.py SOCKET
 
 Each client sends its arguments, folder and environment, and its standard streams; a fork runs the program with these
-and answers with the exit code. Forking is safe here: no thread has been started (OMP_NUM_THREADS=1), no model made.
+and answers with the exit code. Forking is safe here: with
+OMP_NUM_THREADS=1 no thread of torch has been started. One command at a time: none may wait for another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -72,13 +74,17 @@ def answer(client: socket.socket) -> None:
     told, streams, _, _ = socket.recv_fds(client, 8, 3)
     length, message = int.from_bytes(told, "big"), b""
     while len(message) < length:
-        message += client.recv(length - len(message))
+        part = client.recv(length - len(message))
+        if not part:
+            return  # the client has ended
+        message += part
     child = os.fork()
     if not child:
         os._exit(run(streams, *json.loads(message)))
     for stream in streams:
         os.close(stream)
-    client.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF]))
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF]))
 
 
 def every_module() -> list[str]:

@@ -61,7 +61,7 @@ class TrainConfig(TableConfig):
     test_fraction: float = Field(0.3, ge=0, lt=1, description="share of labelled normals kept for evaluation")
     train_on_anomalies: bool = Field(False, description="leave labelled anomalies in the training rows")
     preset: Literal["fast", "balanced", "best", "images"] = Field(
-        "balanced", description="size of the networks and time; images where there are any"
+        "balanced", description="size and number of the networks, and time; images where there are any"
     )
     column_kinds: dict[str, str] = Field(default_factory=dict, description="column: kind, where inferred wrongly")
     likelihoods: dict[str, str] = Field(default_factory=dict, description="column: likelihood")

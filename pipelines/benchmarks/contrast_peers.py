@@ -58,7 +58,8 @@ def logistic(train: np.ndarray, own: np.ndarray, test: np.ndarray, claimed: np.n
     scaler = StandardScaler().fit(train)
     model = LogisticRegression(max_iter=300).fit(scaler.transform(train), own)
     # Not predict_log_proba: the logarithm of a probability that rounds to 0 is infinite.
-    log_proba = log_softmax(model.decision_function(scaler.transform(test)), axis=1)
+    odds = model.decision_function(scaler.transform(test))
+    log_proba = log_softmax(odds if odds.ndim == 2 else np.column_stack([np.zeros(len(odds)), odds]), axis=1)
     return of_claims(-log_proba, model.classes_, claimed, None)
 
 

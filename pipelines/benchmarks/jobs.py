@@ -109,7 +109,7 @@ def tracking(folder: Path) -> list[str]:
     table.to_parquet(folder / "train.parquet", index=False)
     train = [*COMMAND, "train", "train.parquet", "--condition", "kind", "--quiet"]
     lines = []
-    for name, steps in (("default, 2,000 steps", "2000"), ("8,000 steps", "8000")):
+    for name, steps in (("2,000 steps", "2000"), ("8,000 steps", "8000")):
         for round_ in range(ROUNDS):
             asked = [*train, "--set", f"max_steps={steps}", "--set", "patience=1000"]
             off = run([*asked, "--name", f"off{steps}{round_}", "--no-tracking"], folder)[1]
