@@ -16,7 +16,7 @@ from anomaly_cvae.images import as_cells, read_images, to_images
 from anomaly_cvae.schema import Column, Condition, Name, Schema, check_counts, check_same_type
 from anomaly_cvae.threads import in_threads
 
-CELLS_AT_A_TIME, LEAST_ROWS_AT_A_TIME = 1 << 17, 64
+CELLS_AT_A_TIME, LEAST_ROWS_AT_A_TIME = 1 << 17, 256
 LARGEST_VALUE = 1e15
 """Standardised cells are held within this, so that their square is finite in float32."""
 LEAST_CLASS_SCALE = 1e-3
