@@ -129,17 +129,20 @@ def summary(table: pd.DataFrame) -> list[str]:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Seconds for all sets against both figures, a point for each method; ours, from small to large, as a curve."""
+    """Seconds for all sets against both figures, a point for each method; our presets, small to large, as a curve."""
     found = means(table).sort_values("seconds")
     drawn = plots.figure(11, 4.2)
     for axes, figure in zip(drawn.subplots(1, 2), FIGURES, strict=True):
-        ours = found[found.index.str.startswith(OURS)]
-        axes.plot(ours["seconds"], ours[figure], color=plots.ANOMALY, lw=1.2, zorder=1)
+        presets = found[found.index.str.startswith(OURS) & ~found.index.str.contains(",")]
+        axes.plot(presets["seconds"], presets[figure], color=plots.ANOMALY, lw=1.2, zorder=1)
         for method, row in found.iterrows():
             is_ours = str(method).startswith(OURS)
             color = plots.ANOMALY if is_ours else plots.NORMAL
             axes.scatter(row["seconds"], row[figure], color=color, s=28, zorder=2)
-            away, side = ((0, -12), "right") if is_ours else ((0, 6), "center")
+            away, side = ((0, 6), "center")
+            # Names of neighbours on one curve would meet.
+            if is_ours and method not in presets.index[1:]:
+                away, side = ((-6, -3), "right") if method in presets.index else ((0, -12), "right")
             place = {"xy": (row["seconds"], row[figure]), "xytext": away, "textcoords": "offset points", "ha": side}
             axes.annotate(str(method), **place, fontsize=7, color=plots.INK)
         axes.set_xscale("log")
