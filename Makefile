@@ -32,7 +32,7 @@ demo: $(VENV)/.installed  ## Find the digits that are not what they claim to be;
 
 # One thread each for two workers: twice as fast on two cores as two threads for one. Files in our order: xdist would
 # begin with those of most tests, and a file of few that take long would keep one worker busy at the end.
-test: $(VENV)/.installed-dev  ## Run the tests (about 11 minutes on 2 cores)
+test: $(VENV)/.installed-dev  ## Run the tests (about 9 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.installed-dev  ## The same, with the lines that no test reaches (longer)

@@ -904,11 +904,12 @@ def test_killed_and_resumed_job_ends_as_an_uninterrupted_one(detector, folder, o
         write(rows(6000, seed), folder / f"{seed:02d}.{'parquet' if seed % 3 else 'csv'}")
     uninterrupted = score(detector, folder, tmp_path / "whole")
     rng, report, kills = np.random.default_rng(int(time.time())), tmp_path / "report", 0
-    for _ in range(5):
+    for finished in (-1, 0, 3, 5, 8):
         report.unlink(missing_ok=True)
         process = start(detector, folder, out, report)
         wait_for(report.exists)
-        time.sleep(rng.uniform(0.0, 0.25))
+        wait_for(lambda n=finished: n < 0 or any(out.glob(f"{n:02d}.*parquet")))
+        time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL

@@ -376,14 +376,13 @@ def many(folder: Path, n: int) -> Path:
 
 
 def test_killed_job_at_an_address_is_resumed_to_the_same_end(detector, tmp_path, start):
-    folder, out, report = many(tmp_path / "in", 8), tmp_path / "out", tmp_path / "report"
+    folder, out, report = many(tmp_path / "in", 20), tmp_path / "out", tmp_path / "report"
     score(detector, f"local://{folder}", tmp_path / "whole")
     rng, kills = np.random.default_rng(int(time.time())), 0
-    for _ in range(3):
-        report.unlink(missing_ok=True)
+    for number in (0, 5, 10):
         process = start(detector, folder, out, report)
-        wait_for(report.exists)
-        time.sleep(rng.uniform(0.0, 0.25))
+        wait_for((out / f"{number:02}.parquet").exists)
+        time.sleep(rng.uniform(0.0, 0.02))
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
