@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anomaly_cvae import reductions
+from anomaly_cvae.crowds import NUMBERS_OF_A_CROWD, are_crowded, crowd_batch, crowd_prior
 from anomaly_cvae.encoding import LARGEST_VALUE, ClassScaling, Encoded
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray, IntArray
@@ -37,6 +39,8 @@ HALF_TOLERANCE = 5e-3
 MOST_ROWS_OF_TOLERANCE = 1_000
 ROWS = ("values", "observed", "given", "continuous")
 """Parts of a piece's rows."""
+CLAIMS_AT_A_TIME = 8_192
+"""Rows times classes, of rows that are scored under every class."""
 MOST_NARROW = np.iinfo(np.int16).max
 
 
@@ -207,11 +211,14 @@ class ScoringEngine:
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Negative ELBO of every row under every class, (N, K)."""
-        columns = [
-            self.negative_elbo(encoded.of_class(np.full(len(encoded), k, dtype=np.int64)))
-            for k in range(self.n_classes)
-        ]
-        return np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
+        nats, n_rows = np.zeros((len(encoded), self.n_classes)), len(encoded)
+        at_a_time = max(1, CLAIMS_AT_A_TIME // max(n_rows, 1))
+        for first in range(0, self.n_classes, at_a_time):
+            classes = np.arange(first, min(first + at_a_time, self.n_classes))
+            rows = encoded if len(classes) == 1 else encoded.take(np.tile(np.arange(n_rows), len(classes)))
+            claims = rows.of_class(np.repeat(classes, n_rows))
+            nats[:, classes] = self.negative_elbo(claims).reshape(len(classes), n_rows).T
+        return nats
 
     def member_parts(self, encoded: Encoded) -> FloatArray:
         """Reconstruction and KL of every member that knows each row's class, (N, M or the members of a class, 2)."""
@@ -485,8 +492,33 @@ class ScoringEngine:
                 self._attempt(lambda some: of_chunk(self._chunk(encoded, some)), piece)
 
         if self.device.type == "cpu":
+            numbers = self._numbers_per_row(self.members_of(0), len(self.noise))
+            if self.members_per_class is None and are_crowded(encoded, self.n_classes, numbers):
+                return self._reduce_crowd(encoded, reduction, into, max(1, NUMBERS_OF_A_CROWD // numbers))
             return in_threads(of_piece, self._pieces(encoded, padded=True))
         self._each(of_chunk, encoded, padded=True)
+
+    def _reduce_crowd(
+        self, encoded: Encoded, reduction: reductions.Reduction, into: Sequence[FloatArray], size: int
+    ) -> None:
+        """The same of ``size`` rows at a time, of many classes, which the networks take together."""
+        known = np.flatnonzero((encoded.class_index >= 0) & (encoded.class_index < self.n_classes))
+        order = known[np.argsort(encoded.class_index[known], kind="stable")]
+        mixtures = cache(lambda k: None if self.aggregate is None else self.aggregate.select(self.members_of(0), k))
+
+        def of_places(places: IntArray) -> None:
+            rows = encoded.take(_padded(places, size))
+            with self.inference():
+                terms = self.model.terms(
+                    crowd_batch(rows, self.class_table, self.scaling, self.device, self.noise.dtype),
+                    self.noise,
+                    prior=crowd_prior(rows.class_index, mixtures),
+                )
+                found = reduction(terms, self.part_weights)
+            for array, part in zip(into, found, strict=True):
+                array[places] = _numpy(part)[: len(places)]
+
+        in_threads(of_places, np.split(order, range(size, len(order), size)))
 
     def _overlapped(self, encoded: Encoded, reduction: reductions.Reduction, into: Sequence[FloatArray]) -> None:
         """The same, with rows on their way to the device and results on their way back while it computes."""
@@ -564,9 +596,8 @@ class ScoringEngine:
                 size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
                 places = order[first : min(first + size, stop)]
                 first += size
-                if padded and len(places) < size and self.device.type in PADDED:
-                    extra = _padded_length(len(places), size) - len(places)
-                    places = np.concatenate([places, np.full(extra, places[-1])])
+                if padded and self.device.type in PADDED:
+                    places = _padded(places, size)
                 yield Piece(places, k, members, complete)
 
     def _chunk(self, encoded: Encoded, piece: Piece) -> Chunk:
@@ -622,9 +653,13 @@ class ScoringEngine:
 
     def _chunk_size(self, members: slice, n_samples: int) -> int:
         """Rows that keep one layer's activations within the good range of the device."""
-        per_row = (members.stop - members.start) * n_samples * self.model.widest
         least = 1 if self.model.shapes else 32
-        return max(least, self._numbers_at_a_time() // int(per_row))
+        return max(least, self._numbers_at_a_time() // self._numbers_per_row(members, n_samples))
+
+    def _numbers_per_row(self, members: slice, n_samples: int) -> int:
+        """Numbers that the widest layer makes of one row."""
+        numbers: int = (members.stop - members.start) * n_samples * self.model.widest
+        return numbers
 
     def _numbers_at_a_time(self) -> int:
         # Convolutions run well on blocks that no cache holds; small ones waste their overhead.
@@ -666,6 +701,12 @@ def _mixture(inputs: Mapping[str, Tensor]) -> Mixture | None:
 
 def _shapes(parts: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(part.shape)) for name, part in parts.items())
+
+
+def _padded(places: IntArray, size: int) -> IntArray:
+    """The same, the last place again and again until there are as many as in other short pieces, at most ``size``."""
+    extra = _padded_length(len(places), size) - len(places) if len(places) < size else 0
+    return np.concatenate([places, np.full(extra, places[-1])]) if extra else places
 
 
 def _padded_length(n_rows: int, size: int) -> int:

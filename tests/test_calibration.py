@@ -358,7 +358,8 @@ def test_of_many_classes_few_rows_get_the_score_of_every_class_and_all_that_of_t
     counts = det.thresholds_["calibration_rows"]
     assert (few.thresholds_["calibration_rows"] == counts)[list(TRAINING_ROWS)].all()
     for name in TRAINING_ROWS:
-        assert few.thresholds_.loc[name, "threshold"] == det.thresholds_.loc[name, "threshold"]
+        # Within what float32 scores agree in, however rows come together.
+        assert few.thresholds_.loc[name, "threshold"] == pytest.approx(det.thresholds_.loc[name, "threshold"], rel=1e-5)
     by_contrast = copy.copy(few).set_params(score_kind="contrast").thresholds_["calibration_rows"]
     # 333 rows may have it: half of them drawn from all rows, and at least 55 of each class.
     assert by_contrast[list(TRAINING_ROWS)].between(0, 200).all()
