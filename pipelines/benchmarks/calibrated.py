@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import resumable
 
-from anomaly_cvae import CVAEDetector, metrics
+from anomaly_cvae import CVAEDetector, metrics, presets
 from anomaly_cvae.calibration import select_discoveries
 
 RESULTS = Path("outputs/calibrated/results.csv")
@@ -68,7 +68,7 @@ def run(task: Task) -> list[dict[str, object]]:
     """Fit once; count what happens to fresh rows."""
     case = cases.load(task.data, task.place)
     learned, fresh = cases.halves(case.normal, task.seed, MOST_FRESH_ROWS)
-    parameters = {**cases.ONE_NETWORK, "calibration_fraction": task.fraction, "random_state": task.seed}
+    parameters = {**presets.BALANCED, "calibration_fraction": task.fraction, "random_state": task.seed}
     with warnings.catch_warnings():
         # A class without rows enough to promise anything is a line of the page.
         warnings.filterwarnings("ignore", "too few calibration rows")
@@ -157,7 +157,7 @@ def main() -> None:
         dict.fromkeys(cases.CONFIG_OF, arguments.tables) if arguments.tables else {}
     )
     names = cases.asked(parser, places, arguments.only)
-    parameters = resumable.digest(cases.ONE_NETWORK)
+    parameters = resumable.digest(presets.BALANCED)
     tasks = [Task(d, s, f, places[d], parameters) for f in arguments.fractions for s in arguments.seeds for d in names]
     table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     calibrated_page.write(arguments.output, table[table["parameters"] == parameters])

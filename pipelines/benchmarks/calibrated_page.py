@@ -74,7 +74,7 @@ def introduction(main: pd.DataFrame) -> str:
     """What was run, and how it is judged."""
     return (
         f"{main['data'].nunique()} sets ({', '.join(sorted(main['data'].unique()))}), {ranking.seeds_run(main)}, "
-        "the balanced preset with one network of KL weight 1 (`linear_start=False`). Half of the normal rows, drawn by "
+        "the balanced preset. Half of the normal rows, drawn by "
         "the seed, go to `fit` (a fifth of them calibrates and does nothing else); "
         "the other half, at most 50,000 rows, is fresh. A class whose own n calibration rows set its threshold "
         '(guarantee "class") flags a beta-binomial number of m fresh rows: *inside* is its central 95 %. Rows with '

@@ -11,11 +11,10 @@ import pandas as pd
 from adbench import name_of
 from tables import CONFIGS
 
-from anomaly_cvae import jobs, presets
+from anomaly_cvae import jobs
 from anomaly_cvae.jobs.config import TrainConfig
 from anomaly_cvae.labels import read_labels
 
-ONE_NETWORK = {**presets.BALANCED, "n_estimators": 1, "kl_weight": 1.0, "linear_start": False}
 CONFIG_OF = {
     "AI4I": ("ai4i.yaml", "ai4i2020.parquet", None, "Type"),
     "NSL-KDD": ("nsl_kdd.yaml", "nsl_kdd_train.parquet", "nsl_kdd_test.parquet", "protocol_type"),

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import resumable
 
-from anomaly_cvae import CVAEDetector, metrics
+from anomaly_cvae import CVAEDetector, metrics, presets
 
 RESULTS = Path("outputs/missing/results.csv")
 REPORT = Path("docs/benchmarks/quality.md")
@@ -81,7 +81,7 @@ Scores = Iterator[tuple[tuple[str, float], np.ndarray]]
 
 def our_scores(train: pd.DataFrame, test: pd.DataFrame, hidden: dict[float, np.ndarray], seed: int) -> Scores:
     """Ours on three scales: that of rows with as many cells missing, nats, and conformal p-values."""
-    detector = CVAEDetector(**cases.ONE_NETWORK, random_state=seed).fit(train)
+    detector = CVAEDetector(**presets.BALANCED, random_state=seed).fit(train)
     for share, cells in hidden.items():
         rows = test.mask(cells)
         yield (missing_page.OURS, share), detector.calibrated_score(rows)
@@ -94,7 +94,7 @@ def one_hot_scores(train: pd.DataFrame, test: pd.DataFrame, hidden: dict[float, 
     x_train, x_test, places = imputers.encoded(train, test)
     names = [f"x{d}" for d in range(x_train.shape[1])]
     detector = CVAEDetector(
-        **cases.ONE_NETWORK, column_kinds=dict.fromkeys(names, "real"), likelihoods=dict.fromkeys(names, "normal"),
+        **presets.BALANCED, column_kinds=dict.fromkeys(names, "real"), likelihoods=dict.fromkeys(names, "normal"),
         random_state=seed,
     ).fit(pd.DataFrame(x_train, columns=names))  # fmt: skip
     for share, cells in hidden.items():
@@ -123,7 +123,7 @@ def main() -> None:
     places = dict.fromkeys(TABLES, arguments.tables) if arguments.tables is not None else {}
     places |= cases.sets(arguments.folder)
     names = cases.asked(parser, places, arguments.only)
-    parameters = resumable.digest(cases.ONE_NETWORK)
+    parameters = resumable.digest(presets.BALANCED)
     tasks = [cases.Task(data, seed, places[data], parameters) for seed in arguments.seeds for data in names]
     table = resumable.up_to_date(tasks, [*KEY, "parameters"], run, said, arguments)
     missing_page.write(arguments.output, table[table["parameters"] == parameters])
