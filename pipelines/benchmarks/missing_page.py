@@ -42,13 +42,13 @@ def introduction(table: pd.DataFrame) -> str:
     """What was run, and how rows with different cells missing are brought on one scale."""
     return (
         f"{table['data'].nunique()} sets, {ranking.seeds_run(table)}, the balanced preset. Half of the normal rows, "
-        "at most 10,000, train everyone, complete; of the other half and the anomalies at most 3,000 are the test, in which each cell is "
-        "missing with the same probability, the same cells for everyone (one of each row stays). Ours scores what is "
-        "there: `calibrated_score`, the negative ELBO less what its cells cost a normal row, on the scale of normals "
-        "that miss as many cells; beside it the bare negative ELBO, which is no fair ranking of rows with different "
-        "cells, and conformal p-values, which tie where it matters. Peers: means, the five nearest of 1,000 training "
-        "rows, or ten rounds of ridge regressions learned from these put in what is missing; then a detector with its "
-        "defaults. Words are one-hot for peers. No condition."
+        "at most 10,000, train everyone, complete; of the other half and the anomalies at most 3,000 are the test, in "
+        "which each cell is missing with the same probability, the same cells for everyone (one of each row stays). "
+        "Ours scores what is there: `calibrated_score`, the negative ELBO less what its cells cost a normal row, on "
+        "the scale of normals that miss as many cells; beside it the bare negative ELBO, which is no fair ranking of "
+        "rows with different cells, and conformal p-values, which tie where it matters. Peers: means, the five "
+        "nearest of 1,000 training rows, or ten rounds of ridge regressions learned from these put in what is "
+        "missing; then a detector with its defaults. Words are one-hot for peers. No condition."
     )
 
 
