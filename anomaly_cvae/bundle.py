@@ -22,8 +22,9 @@ from anomaly_cvae.errors import BundleError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.inputs import Layout
 from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.passes import Precision
 from anomaly_cvae.priors import AggregatePosterior
-from anomaly_cvae.scoring import Precision, ScoringEngine
+from anomaly_cvae.scoring import ScoringEngine
 
 FORMAT_VERSION = 5
 """2: thresholds say who set them. 3: images. 4: networks may count unequally. 5: so may their parts, and classes have

@@ -35,6 +35,7 @@ from anomaly_cvae.inputs import (
 from anomaly_cvae.interpretation import read_layout, read_schema
 from anomaly_cvae.parameters import CHOICES, check_parameters
 from anomaly_cvae.parquet_rows import Inputs, ParquetTable
+from anomaly_cvae.passes import Precision
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
 from anomaly_cvae.row_sample import draw_sample
 from anomaly_cvae.row_stream import BYTES_PER_CELL, FIT_MEMORY_BYTES, LEAST_SAMPLE, RowStream
@@ -42,7 +43,6 @@ from anomaly_cvae.schema import (
     Name,
     Schema,
 )
-from anomaly_cvae.scoring import Precision
 from anomaly_cvae.settings import fit_settings
 from anomaly_cvae.training import Training
 

@@ -21,6 +21,7 @@ from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, IntArray
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.part_weights import fix_part_weights
+from anomaly_cvae.passes import Precision
 from anomaly_cvae.priors import (
     MAX_FITTED_ROWS,
     ROWS_PER_COMPONENT,
@@ -32,7 +33,7 @@ from anomaly_cvae.priors import (
 from anomaly_cvae.row_stream import RowStream
 from anomaly_cvae.rows import DeviceRows, class_conditions, tensor
 from anomaly_cvae.schema import Name, Schema
-from anomaly_cvae.scoring import Precision, ScoringEngine
+from anomaly_cvae.scoring import ScoringEngine
 from anomaly_cvae.training import Epoch, Training, TrainingSettings, dealt, train
 
 MAX_CALIBRATION_ROWS = 10_000

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,61 +13,23 @@ from torch import Tensor
 
 from anomaly_cvae import reductions
 from anomaly_cvae.crowds import NUMBERS_OF_A_CROWD, are_crowded, crowd_batch, crowd_prior
-from anomaly_cvae.encoding import LARGEST_VALUE, ClassScaling, Encoded
+from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.errors import ParameterError
+from anomaly_cvae.expectations import Expectations
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.lanes import Ring, lanes_of
-from anomaly_cvae.model import CVAE, Seen, Terms
-from anomaly_cvae.networks import full_float32, has_bfloat16
 from anomaly_cvae.objectives import accumulator
 from anomaly_cvae.onnx_scoring import ClassInputs, OnnxBank
-from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Mixture, Prior
+from anomaly_cvae.passes import Chunk, Piece, pad_places, to_numpy
+from anomaly_cvae.priors import Mixture
 from anomaly_cvae.replays import Replays
-from anomaly_cvae.rows import Batch, tensor
 from anomaly_cvae.threads import in_threads
 
-# Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
-CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
-IMAGE_FACTOR = 8
-PADDED = ("cpu", "cuda")
-"""Devices on which every new shape costs: a kernel per layer that is kept, or a captured graph."""
-Precision = Literal["float32", "bfloat16"]
 HALF_TOLERANCE = 5e-3
 """Relative and absolute, of scores whose inner products are in bfloat16; narrow posteriors need more."""
 MOST_ROWS_OF_TOLERANCE = 1_000
-ROWS = ("values", "observed", "given", "continuous")
-"""Parts of a piece's rows."""
 CLAIMS_AT_A_TIME = 8_192
 """Rows times classes, of rows that are scored under every class."""
-MOST_NARROW = np.iinfo(np.int16).max
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one class k by their places in the input, and whether no cell of the table is missing."""
-
-    places: IntArray
-    k: int
-    members: slice
-    complete: bool
-
-
-@dataclass
-class Limit:
-    """Numbers of one layer's activations that the device's memory was found to hold; None: all that were tried."""
-
-    numbers: int | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows of one class k, ready for the model: their places in the input, and the members that know them."""
-
-    places: IntArray
-    k: int
-    members: slice
-    group: int
-    batch: Batch
 
 
 @dataclass(frozen=True)
@@ -87,49 +47,22 @@ class ColumnScores:
 
 
 @dataclass(frozen=True)
-class ScoringEngine:
-    """Scores rows with a bank.
-
-    Rows are taken class by class, so that a chunk has one condition, one mixture prior and, in a bank of
-    one network per class, only the members of its class.
+class ScoringEngine(Expectations):
+    """Scores rows with a bank; in bfloat16 scores agree with those in float32 within `tolerance`.
 
     Parameters
     ----------
-    members_per_class : members that know one class; None when every member knows all of them
-    class_table : (K, C) condition vectors, None in a bank of one network per class
-    noise : (S, Z) fixed low-discrepancy points, stored with the model
-    aggregate : the prior at scoring time; None for the training prior
-    scaling : location and scale of the real columns per class; None without classes
     part_weights : (M, 2) what each member's reconstruction and KL count in scores, the former of those that know a
         class in all 1; None: all alike, and the KL as much as the reconstruction
-    unlike : whether members were trained with other settings, so that the first alone fills in missing cells
-    precision : "bfloat16" takes the products between hidden layers, and convolutions, in bfloat16, sums in float32,
-        where the hardware does so; scores then agree with those in float32 within `tolerance`
     graphs : what scores complete rows in the place of torch; None: torch does
     overlap : whether rows are copied to the device while it computes, and chunks of one shape are captured where it
         can; None: on CUDA. Scores are the same
     """
 
-    model: CVAE
-    noise: Tensor
-    n_classes: int
-    class_table: Tensor | None = None
-    members_per_class: int | None = None
-    aggregate: AggregatePosterior | None = None
-    scaling: ClassScaling | None = None
     part_weights: Tensor | None = None
-    unlike: bool = False
-    precision: Precision = "float32"
-    chunk_rows: int | None = None
-    limit: Limit = field(default_factory=Limit, compare=False)
     graphs: OnnxBank | None = field(default=None, compare=False)
     overlap: bool | None = None
     replays: Replays = field(default_factory=Replays, init=False, compare=False, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the bank lives."""
-        return self.noise.device
 
     @property
     def tolerance(self) -> float:
@@ -247,7 +180,7 @@ class ScoringEngine:
 
         def of_chunk(chunk: Chunk) -> None:
             own = self._weights_of(chunk.members)
-            nats[chunk.places] = _numpy(-reductions.over_members(self._log_mean_weight(chunk, noise), own))
+            nats[chunk.places] = to_numpy(-reductions.over_members(self._log_mean_weight(chunk, noise), own))
 
         self._each(of_chunk, encoded, n_samples=n_samples)
         return np.where(encoded.scored.any(axis=1), nats, 0.0)
@@ -283,7 +216,7 @@ class ScoringEngine:
         logits = np.zeros((len(encoded), n_told))
 
         def of_chunk(chunk: Chunk) -> None:
-            logits[chunk.places] = _numpy(self.model.condition_logits(chunk.batch, chunk.members).mean(0))
+            logits[chunk.places] = to_numpy(self.model.condition_logits(chunk.batch, chunk.members).mean(0))
 
         self._each(of_chunk, encoded.of_class(np.zeros(len(encoded), dtype=np.int64)))
         return logits
@@ -307,174 +240,13 @@ class ScoringEngine:
                 terms.posterior.mean.square().sum(-1),
                 reductions.spread(terms.log_prob.mean(1, dtype=wide), chunk.batch),
             )
-            parts[chunk.places] = np.stack([_numpy(column[0]) for column in columns], axis=1)
+            parts[chunk.places] = np.stack([to_numpy(column[0]) for column in columns], axis=1)
 
         self._each(of_chunk, encoded)
         return parts
 
-    def posterior_mean(self, encoded: Encoded) -> FloatArray:
-        """Latent coordinates of each row under the first member of its class, (N, Z)."""
-        means = np.zeros((len(encoded), self.noise.shape[1]))
-
-        def of_chunk(chunk: Chunk) -> None:
-            first = slice(chunk.members.start, chunk.members.start + 1)
-            means[chunk.places] = _numpy(self.model.encode(chunk.batch, first).mean[0])
-
-        self._each(of_chunk, encoded)
-        return means
-
-    def expected(self, encoded: Encoded) -> FloatArray:
-        """What the model expects of every cell given the observed ones, (N, D), encoded values.
-
-        With an observed part as condition, z comes from what that part says of it; else from q(z | x, c).
-        """
-        values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
-        for rows, part in self._alike(encoded):
-            values[rows] = self._expected(part)
-        return values
-
-    def _expected(self, encoded: Encoded) -> FloatArray:
-        values = np.zeros(encoded.values.shape, dtype=encoded.values.dtype)
-
-        def of_chunk(every: Chunk) -> None:
-            chunk = self._that_fill_in(every)
-            seen = self.model.look(chunk.batch, chunk.members)
-            z = self._latent(chunk, seen).sample(self.noise)
-            parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
-            values[chunk.places] = self.from_class_units(_numpy(self.model.expected(parameters)), chunk.k)
-
-        self._each(of_chunk, encoded)
-        return values
-
-    def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True) -> FloatArray:
-        """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.
-
-        Each draw takes z as `expected` does and the cells from p(x | z, c) of a random member, of the first if they
-        were trained unlike; without
-        ``noise`` the cells are what p(x | z, c) expects.
-        """
-        values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
-        for rows, part in self._alike(encoded):
-            values[:, rows] = self._draw(part, n_draws, generator, noise)
-        return values
-
-    def _draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, noise: bool) -> FloatArray:
-        values = np.zeros((n_draws, *encoded.values.shape), dtype=encoded.values.dtype)
-
-        def of_chunk(every: Chunk) -> None:
-            chunk = self._that_fill_in(every)
-            seen = self.model.look(chunk.batch, chunk.members)
-            posterior = self._latent(chunk, seen)
-            members, n_rows, latent = posterior.mean.shape
-            own = torch.empty((members, n_draws, n_rows, latent), dtype=self.noise.dtype, device=self.device)
-            z = posterior.sample(own.normal_(generator=generator))
-            parameters = self.model.decode(z, chunk.batch.condition, chunk.members, seen)
-            member = torch.randint(members, (n_draws,), generator=generator, device=self.device)
-            chosen = parameters[member, torch.arange(n_draws, device=self.device)].unsqueeze(0)
-            drawn = self.model.draw(chosen, generator)[0] if noise else self.model.expected_each(chosen)[0]
-            values[:, chunk.places] = self.from_class_units(_numpy(drawn), chunk.k)
-
-        self._each(of_chunk, encoded, n_samples=n_draws)
-        return values
-
-    def decode(self, z: FloatArray, k: int, continuous: FloatArray, told: FloatArray | None = None) -> FloatArray:
-        """What the first member of class ``k`` expects of cells at latent points (N, Z): encoded values (N, D).
-
-        ``told`` (N, C) are condition vectors to tell the decoder instead of the class's own.
-        """
-        start = self.members_of(k).start
-        members, blocks = slice(start, start + 1), []
-        size = max(1, self._numbers_at_a_time() // self.model.widest)
-        with self.inference():
-            for first in range(0, len(z), size):
-                own, also = z[first : first + size], continuous[first : first + size]
-                points = tensor(own, self.device, self.noise.dtype).reshape(1, 1, len(own), -1)
-                seen = self.blind(len(own), k, also, members)
-                condition = self.condition(k, also)
-                if told is not None:
-                    condition = tensor(told[first : first + size], self.device, self.noise.dtype).unsqueeze(0)
-                parameters = self.model.decode(points, condition, members, seen)
-                blocks.append(_numpy(self.model.expected_each(parameters)[0, 0]))
-        return self.from_class_units(np.concatenate(blocks), k)
-
-    def blind(self, n_rows: int, k: int, continuous: FloatArray, members: slice | None = None) -> Seen | None:
-        """What rows of class ``k`` say that give nothing of themselves; None in a model that does not look."""
-        empty = torch.zeros(1, n_rows, self.model.n_cells, dtype=self.noise.dtype, device=self.device)
-        batch = Batch(empty, None, self.condition(k, continuous))
-        return self.model.look(batch, self.members_of(k) if members is None else members)
-
-    def _alike(self, encoded: Encoded) -> list[tuple[IntArray, Encoded]]:
-        """Complete rows, and rows that miss cells: where the model takes one, those have the others as condition."""
-        if not self.model.architecture.observed_condition or encoded.given is not None:
-            return [(np.arange(len(encoded)), encoded)]
-        complete = encoded.observed.all(axis=1)
-        whole, partly = np.flatnonzero(complete), np.flatnonzero(~complete)
-        rest = encoded.take(partly)
-        parts = [(whole, encoded.take(whole)), (partly, replace(rest, given=rest.observed))]
-        return [(rows, part) for rows, part in parts if len(rows)]
-
-    def _latent(self, chunk: Chunk, seen: Seen | None) -> DiagonalNormal:
-        """q(z | x, c), or p(z | x_observed, c) of rows that give a part of themselves."""
-        if seen is not None and chunk.batch.given is not None:
-            return seen.prior
-        return self.model.encode(chunk.batch, chunk.members)
-
-    def posteriors(self, encoded: Encoded) -> Iterator[tuple[Chunk, DiagonalNormal]]:
-        """q(z | x, c) chunk by chunk, for fitting the aggregate posterior."""
-        with self.inference():
-            for chunk in self._chunks(encoded):
-                yield chunk, self.model.encode(chunk.batch, chunk.members)
-
-    def generator(self, seed: int) -> torch.Generator:
-        """A source of randomness on the engine's device."""
-        return torch.Generator(self.device).manual_seed(seed)
-
-    def from_class_units(self, values: FloatArray, k: int) -> FloatArray:
-        """Values (…, D) of the model as encoded values."""
-        return values if self.scaling is None else self.scaling.from_class_units(values, k)
-
-    def members_of(self, k: int) -> slice:
-        """The members that know class ``k``."""
-        if self.members_per_class is None:
-            return slice(0, self.model.architecture.n_members)
-        return slice(k * self.members_per_class, (k + 1) * self.members_per_class)
-
-    def _that_fill_in(self, chunk: Chunk) -> Chunk:
-        """With the members that say what cells are expected: of unlike ones the first.
-
-        A network with a small KL weight is sure of its z even where cells are missing, and puts in worse values.
-        """
-        if not self.unlike:
-            return chunk
-        return replace(chunk, members=slice(chunk.members.start, chunk.members.start + 1))
-
     def _weights_of(self, members: slice) -> Tensor | None:
         return None if self.part_weights is None else self.part_weights[members]
-
-    def condition(self, k: int, continuous: FloatArray) -> Tensor | None:
-        """Condition vectors of rows of class ``k``, (1, N or 1, C)."""
-        if self.class_table is None:
-            return None
-        shared = self.class_table[k].reshape(1, 1, -1)
-        if not continuous.shape[1]:
-            return shared
-        own = tensor(continuous, self.device, self.noise.dtype).unsqueeze(0)
-        return torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1)
-
-    def conditions(self, encoded: Encoded) -> FloatArray:
-        """The condition vector of every row, (N, C)."""
-        assert self.class_table is not None
-        return np.concatenate([_numpy(self.class_table)[encoded.class_index], encoded.continuous], axis=1)
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Without gradients, and with products of the engine's precision."""
-        halves = self.precision == "bfloat16" and has_bfloat16(self.device)
-        kind = self.device.type
-        # A weight that autocast keeps in bfloat16 is gone with its context; a captured graph would still read it there.
-        halved = torch.autocast(kind, torch.bfloat16, halves, cache_enabled=kind != "cuda")
-        with torch.inference_mode(), halved, full_float32(self.device):
-            yield
 
     def _reduce(self, encoded: Encoded, reduction: reductions.Reduction, into: Sequence[FloatArray]) -> None:
         """Put what terms are reduced to in the rows' places of the arrays ``into``."""
@@ -484,7 +256,7 @@ class ScoringEngine:
 
         def of_chunk(chunk: Chunk) -> None:
             for array, found in zip(into, reduction(self._terms(chunk), self._weights_of(chunk.members)), strict=True):
-                array[chunk.places] = _numpy(found)
+                array[chunk.places] = to_numpy(found)
 
         def of_piece(piece: Piece) -> None:
             # What inference is, is a matter of each thread, too.
@@ -507,7 +279,7 @@ class ScoringEngine:
         mixtures = cache(lambda k: None if self.aggregate is None else self.aggregate.select(self.members_of(0), k))
 
         def of_places(places: IntArray) -> None:
-            rows = encoded.take(_padded(places, size))
+            rows = encoded.take(pad_places(places, size))
             with self.inference():
                 terms = self.model.terms(
                     crowd_batch(rows, self.class_table, self.scaling, self.device, self.noise.dtype),
@@ -516,7 +288,7 @@ class ScoringEngine:
                 )
                 found = reduction(terms, self.part_weights)
             for array, part in zip(into, found, strict=True):
-                array[places] = _numpy(part)[: len(places)]
+                array[places] = to_numpy(part)[: len(places)]
 
         in_threads(of_places, np.split(order, range(size, len(order), size)))
 
@@ -551,131 +323,12 @@ class ScoringEngine:
             for piece in self._pieces(encoded, padded=True):
                 self._attempt(of_piece, piece, recover)
 
-    def _each(
-        self, work: Callable[[Chunk], None], encoded: Encoded, *, padded: bool = False, n_samples: int | None = None
-    ) -> None:
-        """Do the work on every chunk; of one that memory does not hold, on its halves, and later ones are smaller."""
-        with self.inference():
-            for piece in self._pieces(encoded, padded, n_samples):
-                self._attempt(lambda some: work(self._chunk(encoded, some)), piece)
-
-    def _attempt(self, work: Callable[[Piece], None], piece: Piece, recover: Callable[[], None] = lambda: None) -> None:
-        """Do the work on the piece or, once ``recover`` has given back memory, on its halves."""
-        try:
-            return work(piece)
-        except torch.OutOfMemoryError:
-            if len(piece.places) == 1:
-                raise
-        # Outside of the handler: the error would hold on to what did not fit.
-        recover()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.limit.numbers = max(1, self._numbers_at_a_time() // 2)
-        for half in np.array_split(piece.places, 2):
-            self._attempt(work, replace(piece, places=half), recover)
-
-    def _chunks(self, encoded: Encoded) -> Iterator[Chunk]:
-        for piece in self._pieces(encoded):
-            yield self._chunk(encoded, piece)
-
-    def _pieces(self, encoded: Encoded, padded: bool = False, n_samples: int | None = None) -> Iterator[Piece]:
-        """Rows class by class; ``padded`` repeats the last row of a short piece, so that few shapes occur.
-
-        On a CPU every new shape costs each layer a kernel of its own, about 0.4 MB that is kept; on CUDA, a graph.
-        """
-        # Radix sort, which numpy has for 16 bits, takes a tenth of the time.
-        narrow = encoded.class_index.astype(np.int16) if self.n_classes <= MOST_NARROW else encoded.class_index
-        order = np.argsort(narrow, kind="stable")
-        classes = encoded.class_index[order]
-        complete = bool(encoded.observed.all())
-        bounds = np.searchsorted(classes, np.arange(self.n_classes + 1))
-        for k in np.flatnonzero(np.diff(bounds)).tolist():
-            first, stop = bounds[k], bounds[k + 1]
-            members = self.members_of(k)
-            while first < stop:
-                size = self.chunk_rows or self._chunk_size(members, n_samples or len(self.noise))
-                places = order[first : min(first + size, stop)]
-                first += size
-                if padded and self.device.type in PADDED:
-                    places = _padded(places, size)
-                yield Piece(places, k, members, complete)
-
-    def _chunk(self, encoded: Encoded, piece: Piece) -> Chunk:
-        rows = {name: part.to(self.device, self.noise.dtype) for name, part in self._rows(encoded, piece).items()}
-        batch = self._batch({**rows, **self._fixed(piece.k)})
-        return Chunk(piece.places, piece.k, piece.members, self._group(piece.k), batch)
-
-    def _rows(self, encoded: Encoded, piece: Piece) -> dict[str, Tensor]:
-        """What the rows of a piece are, on the host, (N, …) each; values in units of their class."""
-        places, values = piece.places, torch.from_numpy(encoded.values.take(piece.places, axis=0))
-        if self.scaling is not None:
-            center, scale = (torch.from_numpy(part[piece.k]) for part in (self.scaling.center, self.scaling.scale))
-            values.sub_(center).div_(scale).clamp_(-LARGEST_VALUE, LARGEST_VALUE)
-        rows = {"values": values}
-        if not piece.complete:
-            rows["observed"] = torch.from_numpy(encoded.observed[places])
-        if encoded.given is not None:
-            rows["given"] = torch.from_numpy(encoded.given[places])
-        if self.class_table is not None and encoded.continuous.shape[1]:
-            rows["continuous"] = torch.from_numpy(encoded.continuous[places])
-        return rows
-
-    def _fixed(self, k: int) -> dict[str, Tensor]:
-        """What batches of class ``k`` share, on the device: its condition vector and the logarithm of its scale."""
-        fixed = {}
-        if self.class_table is not None:
-            fixed["condition"] = self.class_table[k].reshape(1, 1, -1)
-        if self.scaling is not None:
-            log_scale = torch.log(torch.from_numpy(self.scaling.scale[k]))
-            fixed["log_scale"] = log_scale.to(self.device, self.noise.dtype).reshape(1, 1, -1)
-        return fixed
-
     def _of_class(self, k: int) -> dict[str, Tensor]:
         """The same and the class's mixture prior, if there is one."""
         if self.aggregate is None:
             return self._fixed(k)
         mixture = self.aggregate.select(self.members_of(k), self._group(k))
         return {**self._fixed(k), **{part.name: getattr(mixture, part.name) for part in fields(Mixture)}}
-
-    def _batch(self, inputs: Mapping[str, Tensor]) -> Batch:
-        """The batch of rows (N, …) and what they share."""
-        dtype, condition = self.noise.dtype, inputs.get("condition")
-        rows = {name: inputs[name].to(dtype).unsqueeze(0) for name in ROWS if name in inputs}
-        continuous = rows.pop("continuous", None)
-        if condition is not None and continuous is not None:
-            condition = torch.cat([condition.expand(1, continuous.shape[1], -1), continuous], dim=-1)
-        values, observed, given = rows["values"], rows.get("observed"), rows.get("given")
-        return Batch(values, observed, condition, inputs.get("log_scale"), given)
-
-    def _group(self, k: int) -> int:
-        """Which mixture of its members is class ``k``'s."""
-        return 0 if self.members_per_class is not None else k
-
-    def _chunk_size(self, members: slice, n_samples: int) -> int:
-        """Rows that keep one layer's activations within the good range of the device."""
-        least = 1 if self.model.shapes else 32
-        return max(least, self._numbers_at_a_time() // self._numbers_per_row(members, n_samples))
-
-    def _numbers_per_row(self, members: slice, n_samples: int) -> int:
-        """Numbers that the widest layer makes of one row."""
-        numbers: int = (members.stop - members.start) * n_samples * self.model.widest
-        return numbers
-
-    def _numbers_at_a_time(self) -> int:
-        # Convolutions run well on blocks that no cache holds; small ones waste their overhead.
-        return self.limit.numbers or CHUNK_NUMBERS[self.device.type] * (IMAGE_FACTOR if self.model.shapes else 1)
-
-    def _terms(self, chunk: Chunk) -> Terms:
-        return self.model.terms(chunk.batch, self.noise, members=chunk.members, prior=self._aggregate(chunk))
-
-    def _aggregate(self, chunk: Chunk) -> Prior | None:
-        return None if self.aggregate is None else self.aggregate.select(chunk.members, chunk.group)
-
-    def _prior(self, chunk: Chunk, seen: Seen | None) -> Prior:
-        """p(z | c) of a chunk at scoring time."""
-        if seen is not None:
-            return seen.prior
-        return self._aggregate(chunk) or self.model.prior(chunk.batch.condition, chunk.members, chunk.batch.class_index)
 
 
 class _Latest:
@@ -701,20 +354,3 @@ def _mixture(inputs: Mapping[str, Tensor]) -> Mixture | None:
 
 def _shapes(parts: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(part.shape)) for name, part in parts.items())
-
-
-def _padded(places: IntArray, size: int) -> IntArray:
-    """The same, the last place again and again until there are as many as in other short pieces, at most ``size``."""
-    extra = _padded_length(len(places), size) - len(places) if len(places) < size else 0
-    return np.concatenate([places, np.full(extra, places[-1])]) if extra else places
-
-
-def _padded_length(n_rows: int, size: int) -> int:
-    """The next power of two up to an eighth of ``size``, then the next multiple of that."""
-    step = max(size // 8, 1)
-    length = 1 << (n_rows - 1).bit_length()
-    return min(length if length <= step else -(-n_rows // step) * step, size)
-
-
-def _numpy(values: Tensor) -> FloatArray:
-    return values.detach().cpu().double().numpy()

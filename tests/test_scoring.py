@@ -22,10 +22,11 @@ from anomaly_cvae.frames import level_cells
 from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import StackedMLP, has_bfloat16
 from anomaly_cvae.objectives import elbo
+from anomaly_cvae.passes import Limit
 from anomaly_cvae.priors import low_discrepancy_normal
 from anomaly_cvae.rows import Batch
 from anomaly_cvae.schema import Schema, infer_column, infer_condition, observed_classes
-from anomaly_cvae.scoring import Limit, ScoringEngine
+from anomaly_cvae.scoring import ScoringEngine
 from anomaly_cvae.training import TrainingSettings
 
 X_COLUMNS = ("temperature", "delay", "packets", "on", "colour")
