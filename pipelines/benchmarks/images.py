@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tables import cpu_name
+from page import cpu_name
 
 PIPELINES = Path(__file__).parents[1]
 REPORT = Path("docs/benchmarks/images.md")

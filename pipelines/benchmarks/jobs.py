@@ -21,7 +21,7 @@ from pathlib import Path
 import made_up
 import numpy as np
 import torch
-from tables import cpu_name
+from page import cpu_name
 
 from anomaly_cvae import CVAEDetector, presets
 

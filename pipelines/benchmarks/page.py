@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tables import cpu_name
 
 TITLE = """# Speed
 
@@ -106,3 +105,10 @@ def _sections(path: Path) -> dict[str, str]:
         return {}
     parts = path.read_text(encoding="utf-8").split("\n## ")[1:]
     return {part.split("\n", 1)[0].strip(): part.split("\n", 1)[1].strip() for part in parts}
+
+
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    found = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return found[0].split(":", 1)[1].strip() if found else platform.processor()
