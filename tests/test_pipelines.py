@@ -79,3 +79,15 @@ def test_configurations_are_valid(config):
     assert loaded.condition
     assert loaded.label
     assert loaded.detector_parameters()["unseen_class"] == "anomaly"
+
+
+def test_a_configuration_from_end_to_end_is_a_line_of_the_page(tmp_path):
+    said = run("benchmarks/tables.py", str(tmp_path), "--only", "digits", "--seeds", "0", "1", "--output", "page.md",
+               folder=tmp_path)  # fmt: skip
+    assert "digits, seed 1: AUROC" in said
+    assert not (tmp_path / "models").exists()
+    (line,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| digits")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == ["claimed", "1,258, 10", "539 (330)"]
+    assert float(cells[4]) > 0.97
+    assert 0.0 <= float(cells[7].rstrip("%")) < 5.0
