@@ -56,6 +56,8 @@ class DataSet:
     files: tuple[str, ...] = ()
     is_fixed: bool = False
     """Whether every seed gives the same rows."""
+    has_tiny_classes: bool = False
+    """Whether some classes have fewer rows than a network of their own takes."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,14 @@ def sets(limits: Limits) -> list[DataSet]:
         DataSet("d", "C-MAPSS FD002", engines, ("cmapss_FD002_train.parquet",)),
         *few_rows(),
         DataSet("b", "NSL-KDD, protocol", partial(table, nsl_kdd, both[:1]), traffic, is_fixed=True),
-        DataSet("b", "NSL-KDD, protocol and service", partial(table, nsl_kdd, both), traffic, is_fixed=True),
+        DataSet(
+            "b",
+            "NSL-KDD, protocol and service",
+            partial(table, nsl_kdd, both),
+            traffic,
+            is_fixed=True,
+            has_tiny_classes=True,
+        ),
         DataSet("a", "MNIST", partial(images, "mnist.npz", limits), ("mnist.npz",)),
         DataSet("a", "Fashion-MNIST", partial(images, "fashion_mnist.npz", limits), ("fashion_mnist.npz",)),
     ]

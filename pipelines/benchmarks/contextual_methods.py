@@ -54,7 +54,8 @@ def methods_of(data: DataSet) -> list[tuple[str, str]]:
     if data.part != "a":
         found += [("CVAE balanced, no linear start", way) for way in ("shared", "per class")]
         found.append(("CVAE balanced, parts by their spread", "shared"))
-    return found
+    refused = data.has_tiny_classes
+    return [(method, way) for method, way in found if not (refused and method in OURS and way == "per class")]
 
 
 def scores_of(method: str, way: str, split: Split, seed: int, limits: Limits) -> Scores:
