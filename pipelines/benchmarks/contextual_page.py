@@ -81,8 +81,9 @@ def introduction(table: pd.DataFrame, limits: Limits) -> list[str]:
         "condition, with one network), thresholds by a share of the training rows, so that none is held "
         "out for them; *shared* and *per class* are its two ways of conditioning, the latter not of NSL-KDD's "
         "services, some of which have fewer than the ten rows that a network takes. A row of an unknown class ranks "
-        "first wherever the method knows classes. Detectors of claims (*given the class*) ask how much better another class explains the row: kNN by distances, the others "
-        "by -log p(claimed class given x); *true densities* are the ceiling, and no detector. Seconds are of one "
+        "first wherever the method knows classes. Detectors of claims (*given the class*) ask how much better another "
+        "class explains the row: kNN by distances, the others by -log p(claimed class given x); *true densities* are "
+        "the ceiling, and no detector. Seconds are of one "
         "core's time.",
         "",
         "AI4I: half of the normal rows train. NSL-KDD: the given files, `flag` in x and `difficulty` left out; only "
