@@ -21,7 +21,8 @@ class Expectations(Passes):
 
     Parameters
     ----------
-    unlike : whether members were trained with other settings, so that the first alone fills in missing cells
+    unlike : whether members were trained with other settings, so that the first alone fills in missing cells, for
+        scores, too
     """
 
     unlike: bool = False
@@ -59,6 +60,21 @@ class Expectations(Passes):
 
         self._each(of_chunk, encoded)
         return values
+
+    def completed(self, encoded: Encoded) -> Encoded:
+        """The rows as unlike members judge them: what is missing is expected by the first, and counts as given.
+
+        A network with a small KL weight that is shown a gap is as sure of its z as ever, and far from all training
+        rows. A bound on log p(x_observed | c) holds for any q(z), so for that of the completed row, too.
+        """
+        if not self.unlike or self.model.architecture.observed_condition or bool(encoded.observed.all()):
+            return encoded
+        known = (encoded.class_index >= 0) & (encoded.class_index < self.n_classes)
+        partly = np.flatnonzero(known & ~encoded.observed.all(axis=1))
+        values, missing = encoded.values.copy(), ~encoded.observed
+        values[partly] = np.where(missing[partly], self.expected(encoded.take(partly)), values[partly])
+        given = missing if encoded.given is None else missing | encoded.given
+        return replace(encoded, values=values, observed=np.ones_like(encoded.observed), given=given)
 
     def draw(self, encoded: Encoded, n_draws: int, generator: torch.Generator, *, noise: bool = True) -> FloatArray:
         """Draws of every cell given the observed ones, (n_draws, N, D), encoded values.

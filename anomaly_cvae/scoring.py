@@ -88,6 +88,7 @@ class ScoringEngine(Expectations):
 
         A row without any cell to score, observed and not given, says nothing: its negative ELBO is 0.
         """
+        encoded = self.completed(encoded)
         if self.graphs is not None and encoded.given is None and bool(encoded.observed.all()):
             return self._by_graphs(self.graphs, encoded)
         scores = np.zeros(len(encoded))
@@ -157,12 +158,14 @@ class ScoringEngine(Expectations):
         """Reconstruction and KL of every member that knows each row's class, (N, M or the members of a class, 2)."""
         members = self.members_of(0)
         parts = np.zeros((len(encoded), members.stop - members.start, 2))
+        encoded = self.completed(encoded)
         self._reduce(encoded, reductions.member_parts, (parts,))
         return parts
 
     def column_scores(self, encoded: Encoded) -> ColumnScores:
         """The exact decomposition of `negative_elbo`."""
         columns, kl = np.zeros(encoded.values.shape), np.zeros(len(encoded))
+        encoded = self.completed(encoded)
         self._reduce(encoded, reductions.columns_and_kl, (columns, kl))
         empty = ~encoded.scored.any(axis=1)
         return ColumnScores(columns, np.where(empty, 0.0, kl))
@@ -173,7 +176,7 @@ class ScoringEngine(Expectations):
         In expectation at least -log p(x | c), at most the negative ELBO (of a bank without `part_weights`), and nearer
         with more samples (Burda, Grosse and Salakhutdinov 2016, theorem 1).
         """
-        nats = np.zeros(len(encoded))
+        nats, encoded = np.zeros(len(encoded)), self.completed(encoded)
         noise = torch.randn(
             (n_samples, self.noise.shape[1]), generator=self.generator(seed), dtype=self.noise.dtype, device=self.device
         )

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from anomaly_cvae import CVAEDetector, bundle
-from anomaly_cvae.encoding import FittedColumn
+from anomaly_cvae.encoding import Encoded, FittedColumn
 from anomaly_cvae.model import CVAE, Architecture
 from anomaly_cvae.networks import has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, importance_weighted
@@ -286,3 +287,34 @@ def test_parts_count_alike_or_by_their_spread_as_asked(table: pd.DataFrame) -> N
     kl = float(one.model_.engine.part_weights[0, 1])
     assert abs(kl - 1.0) > 0.05
     np.testing.assert_allclose(one.negative_elbo(table), parts[:, 0] + kl * parts[:, 1], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_gaps_are_judged_as_the_first_network_completes_them(
+    unlike: CVAEDetector, table: pd.DataFrame
+) -> None:
+    engine, rows = unlike.model_.engine, unlike.model_.encoder.encode(table)
+    gaps = np.random.default_rng(0).random(rows.values.shape) < 0.3
+    hidden = rows.hide(gaps)
+    filled = Encoded(
+        np.where(gaps, engine.expected(hidden), rows.values), rows.observed, rows.class_index, rows.continuous, gaps
+    )
+    some = ~gaps.all(axis=1)
+    np.testing.assert_allclose(engine.negative_elbo(hidden)[some], engine.negative_elbo(filled)[some], rtol=1e-6)
+    scores = engine.column_scores(hidden)
+    np.testing.assert_allclose(scores.total, engine.negative_elbo(hidden), rtol=1e-4, atol=1e-4)
+    assert not scores.columns[gaps].any(), "a missing cell costs nothing"
+    assert not engine.negative_elbo(hidden)[~some].any()
+
+
+def test_a_gap_does_not_put_a_row_far_from_all_others() -> None:
+    """Of columns that follow from one another a gap says next to nothing: anomalies elsewhere stand out as before."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(2, 6))
+    normal, odd = (rng.normal(size=(n, 2)) @ mixing + 0.1 * rng.normal(size=(n, 6)) for n in (1_000, 300))
+    odd[:, 0] += 2.0
+    detector = CVAEDetector(hidden_dims=(32,), max_steps=400, random_state=0).fit(normal[:700])
+    test, is_odd = np.concatenate([normal[700:], odd]), np.arange(600) >= 300
+    with_gaps = test.copy()
+    with_gaps[np.arange(600), rng.integers(1, 6, 600)] = np.nan
+    whole, partly = (roc_auc_score(is_odd, detector.calibrated_score(rows)) for rows in (test, with_gaps))
+    assert partly > whole - 0.02
