@@ -10,21 +10,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
+# By a plain path: else Python started beside the clone, which has the package's name, takes the clone for it.
+EDITABLE := --config-settings editable_mode=compat -e
+
 # torch first and pinned: a bare `torch` pulls gigabytes of GPU packages.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time) …"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=…")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e .
+	$(BIN)/pip install --quiet -c constraints.txt $(EDITABLE) .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt $(EDITABLE) ".[dev]"
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/pip install --quiet -c constraints.txt $(EDITABLE) ".[bench]"
 	@touch $@
 
 demo: $(VENV)/.installed  ## Find the digits that are not what they claim to be; ends by saying what to open
