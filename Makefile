@@ -77,7 +77,7 @@ bench-gpu: $(VENV)/.installed-dev  ## Run the checks and the benchmarks that nee
 bench-jobs: $(VENV)/.installed  ## Measure streaming and tracking; writes docs/benchmarks/jobs.md (about 6 minutes)
 	$(BIN)/python pipelines/benchmarks/jobs.py
 
-bench-tables: $(VENV)/.installed  ## Run the configurations of conditional tables in DATA=FOLDER from end to end; writes docs/benchmarks/tables.md (about 5 minutes)
+bench-tables: $(VENV)/.installed  ## Run the configurations of conditional tables in DATA=FOLDER from end to end; writes docs/benchmarks/tables.md (about 3 minutes)
 	$(BIN)/python pipelines/benchmarks/tables.py $(DATA) $(OPTIONS)
 
 bench-adbench: $(VENV)/.installed-bench  ## Measure one-class detection on the npz files (X, y) of DATA=FOLDER; writes docs/benchmarks/quality.md; OPTIONS="--methods kNN"
