@@ -28,8 +28,8 @@ from anomaly_cvae.threads import in_threads
 HALF_TOLERANCE = 5e-3
 """Relative and absolute, of scores whose inner products are in bfloat16; narrow posteriors need more."""
 MOST_ROWS_OF_TOLERANCE = 1_000
-CLAIMS_AT_A_TIME = 8_192
-"""Rows times classes, of rows that are scored under every class."""
+CLAIMED_CELLS = 1 << 20
+"""Cells of the rows, class after class, that are scored under several classes at a time."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class ScoringEngine(Expectations):
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Negative ELBO of every row under every class, (N, K)."""
         nats, n_rows = np.zeros((len(encoded), self.n_classes)), len(encoded)
-        at_a_time = max(1, CLAIMS_AT_A_TIME // max(n_rows, 1))
+        at_a_time = max(1, CLAIMED_CELLS // max(encoded.values.size, 1))
         for first in range(0, self.n_classes, at_a_time):
             classes = np.arange(first, min(first + at_a_time, self.n_classes))
             rows = encoded if len(classes) == 1 else encoded.take(np.tile(np.arange(n_rows), len(classes)))
