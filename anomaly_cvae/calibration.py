@@ -320,15 +320,6 @@ class Calibration:
     set_by: str = ""
     parts: PartsShape | None = None
 
-    @cached_property
-    def typical_kl(self) -> FloatArray:
-        """What the KL costs a normal row of each group on average, (G,): the negative ELBO less its columns."""
-        reference = self.references["elbo"]
-        columns = np.zeros(len(self.typical_nats)) if reference.offsets is not None else self.typical_nats.sum(axis=1)
-        means = [float(own.mean()) if len(own) else math.nan for own in reference.scores[0]]
-        rest = np.array(means) - columns
-        return np.where(np.isnan(rest), np.nanmean(rest), rest)
-
     def thresholds(self, kind: str, groups: IntArray, observed: BoolArray) -> FloatArray:
         """Threshold of each row's score of this kind, (N,)."""
         if self.contamination is not None:

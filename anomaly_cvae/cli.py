@@ -194,7 +194,9 @@ def score(
     ] = None,
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Copy every input column.")] = False,
     contrast: Annotated[bool, typer.Option("--contrast", help="Add the contrast: is the condition wrong?")] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Add the most surprising column and its nats.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add the column most to blame in flagged rows, and its nats.")
+    ] = False,
     where: Annotated[
         str | None, typer.Option(help="Rows to score, such as \"machine == 'M' and rpm > 1200\" (all).")
     ] = None,
@@ -251,7 +253,7 @@ def explain(
     model: Model,
     data: Data,
     row: Annotated[list[int] | None, typer.Option(help="Number of a row, from 0; repeatable.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many of the most surprising rows to explain.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many of the most surprising rows to explain.")] = 5,
     columns: Annotated[int, typer.Option(min=1, help="How many columns of each row.")] = 3,
     output: Annotated[
         str | None,
@@ -268,7 +270,7 @@ def explain(
 ) -> None:
     """Say why rows are surprising.
 
-    Their columns in nats, observed against expected, and the class that they fit best."""
+    The columns to blame, observed against expected, and the class that they fit best."""
     with reporting(quiet, json) as report:
         from anomaly_cvae import batch, jobs
 
@@ -282,7 +284,7 @@ def explain(
             opened,
             data,
             rows=row or (),
-            n_rows=rows,
+            n_rows=top,
             n_columns=columns,
             csv_format=batch.CsvFormat(delimiter, encoding, decimal, thousands),
         )

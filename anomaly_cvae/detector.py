@@ -440,8 +440,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         """Everything that a scored row carries, in one pass: one line per row of X.
 
         Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
-        ``is_anomaly``; on request ``contrast`` (nats), ``top_column`` (the one furthest above what it costs a
-        normal row; "kl" where it is the combination) and ``top_nats`` (by how much).
+        ``is_anomaly``; on request ``contrast`` (nats), and of flagged rows ``top_column``, the one most to blame,
+        and ``top_nats``, by how much the negative ELBO would fall if that cell were what the rest lets expect.
         """
         encoded = self._encode(X, condition)
         kind: ScoreKind = self._kind()
@@ -463,10 +463,11 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         if contrast:
             table["contrast"] = scores["contrast"]
         if top_column:
-            excess = explain.excess_nats(self.model_, encoded, explain.column_scores(self.model_, encoded))
-            top, parts = excess.argmax(axis=1), explain.parts(self.model_)
-            table["top_column"] = [parts[d] for d in top]
-            table["top_nats"] = excess[np.arange(len(top)), top]
+            flagged = np.flatnonzero(decisions < 0)
+            top, gains = explain.to_blame(self.model_, encoded.take(flagged), 1)
+            columns, nats = np.full(len(table), None, dtype=object), np.full(len(table), np.nan)
+            columns[flagged], nats[flagged] = np.array(self.schema_.names, dtype=object)[top[:, 0]], gains[:, 0]
+            table["top_column"], table["top_nats"] = columns, nats
         return table
 
     def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
@@ -512,14 +513,14 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         return frame
 
     def top_columns(self, X: Any, *, condition: Any = None, n: int = 3) -> pd.DataFrame:
-        """The ``n`` most surprising columns of each row: nats, value observed, value and 90 % range expected.
+        """The ``n`` columns of each row that are most to blame: value observed, value and 90 % range expected.
 
-        Ranked by ``excess_nats``, nats above what the column costs a normal row of the class. "kl" stands
-        for the combination: what no column alone is to blame for.
-        The expectation is made from the rest of the row: the cells in question are hidden from it.
+        Ranked by ``repair_nats``: by how much the negative ELBO would fall if this cell alone were what the rest of
+        the row lets expect, ``expected``. ``nats`` is the column's share of the negative ELBO. Of many columns, the
+        eight that cost most above what they cost a normal row are asked (``n``, if that is more).
         """
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        n = min(n, len(self.schema_.columns) + 1)
+        n = min(n, len(self.schema_.columns))
         return explain.top_columns(self.model_, encoded, frame, n, seed=0)
 
     def class_negative_elbo(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
@@ -536,10 +537,10 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         return pd.DataFrame(nats, columns=self.schema_.class_names, index=self._index(X))
 
     def alarm_columns(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
-        """Which columns, or the KL, drive the alarms among the rows of X: one line per class with alarms and column.
+        """Which columns drive the alarms among the rows of X: one line per class with alarms and column.
 
-        ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the most surprising
-        one, and ``excess_nats`` is the mean over them of its nats above what it costs a normal row.
+        ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the one most to blame, as
+        `top_columns` says, and ``repair_nats`` is the mean over these of what mending it would save.
         """
         encoded = self._encode(X, condition)
         decisions = self._decisions(encoded, self.model_.scores(encoded, self._kind()))

@@ -17,8 +17,10 @@ from anomaly_cvae.scoring import ColumnScores
 KL = "kl"
 METHODS = ("sum", "repair")
 """Of `CVAEDetector.explain`."""
-COMBINATION = "unusual combination (KL)"
-"""How the KL is called where people read it."""
+ALARM_COLUMNS = ["class", "column", "alarms", "top", "repair_nats"]
+CANDIDATES = 8
+"""Columns of a row that are asked what mending them would save, those of most excess nats: as good as asking all, and
+its cost does not grow with the table (docs/benchmarks/quality.md)."""
 INTERVAL_DRAWS = 100
 ROWS_PER_BLOCK = 200
 ROWS_PER_REPAIR = 10_000
@@ -48,20 +50,17 @@ def _marginal_column_scores(model: FittedModel, encoded: Encoded) -> ColumnScore
     return ColumnScores(columns, model.scores(encoded, "elbo") - columns.sum(axis=1))
 
 
-def excess_nats(model: FittedModel, encoded: Encoded, scores: ColumnScores) -> FloatArray:
-    """Nats of each column, and last of the KL, above what they cost a normal row of the class: (N, D + 1).
+def excess_nats(model: FittedModel, encoded: Encoded) -> FloatArray:
+    """Nats of each column above what they cost a normal row of the class, (N, D); -inf for a missing cell.
 
-    A column's nats depend on its unit (a density in Pa is not one in MPa); the excess does not. The KL is
-    what an unusual combination costs, of cells each of which may be ordinary. -inf for a missing cell.
+    A column's nats depend on its unit (a density in Pa is not one in MPa); the excess does not.
     """
     assert model.calibration is not None
     groups = model.groups(encoded)
     observed = model.encoder.by_column(encoded.observed.astype(np.float64)) > 0
     # What is missing of an image costs nothing, and is not expected to.
     typical = model.encoder.by_column(np.where(encoded.observed, model.calibration.typical_nats[groups], 0.0))
-    columns = scores.columns - typical
-    kl = scores.kl - model.calibration.typical_kl[groups]
-    return np.column_stack([np.where(observed, columns, -np.inf), kl])
+    return np.where(observed, column_scores(model, encoded).columns - typical, -np.inf)
 
 
 def repair_gains(model: FittedModel, encoded: Encoded) -> FloatArray:
@@ -69,66 +68,99 @@ def repair_gains(model: FittedModel, encoded: Encoded) -> FloatArray:
 
     It bounds log p(expected | rest) - log p(cell | rest) and has no unit: both are densities of the same column. A
     wrong cell misleads the encoder, so that other columns pay for it; it alone gets them their nats back. Negative
-    where the cell is likelier than what is expected, 0 for a missing cell.
+    where the cell is likelier than what is expected, 0 for a missing cell. An image becomes a drawn one.
     """
-    gains = [_repair_gains(model, encoded.take(rows)) for rows in _blocks(len(encoded))]
-    return np.concatenate(gains) if gains else np.zeros((0, len(model.encoder.columns)))
+    n_columns = len(model.encoder.columns)
+    asked = np.broadcast_to(np.arange(n_columns), (len(encoded), n_columns))
+    return _gains(model, encoded, asked)
 
 
-def _repair_gains(model: FittedModel, encoded: Encoded) -> FloatArray:
-    scores, known = model.scores(encoded, "elbo"), _most_probable_class(model, encoded)
-    gains = np.zeros((len(encoded), len(model.encoder.columns)))
-    for d, own in enumerate(model.encoder.slices):
-        cells = np.zeros(encoded.observed.shape, dtype=np.bool_)
-        cells[:, own] = encoded.observed[:, own]
-        expected = model.engine.expected(known.hide(cells))
-        if model.encoder.columns[d].likelihood in LIKELIHOODS_OF_KIND["count"]:
-            expected[:, own] = np.round(expected[:, own])
-        repaired = replace(encoded, values=np.where(cells, expected, encoded.values))
-        gains[:, d] = np.where(cells.any(axis=1), scores - model.scores(repaired, "elbo"), 0.0)
-    return model.encoder.ungroup(gains)
+def to_blame(model: FittedModel, encoded: Encoded, n: int) -> tuple[IntArray, FloatArray]:
+    """The ``n`` columns of each row that are most to blame, (N, n), and what mending each alone would save, nats.
+
+    Of the `CANDIDATES` columns (or ``n``, if that is more) of most excess nats, those of most `repair_gains`;
+    missing cells come last.
+    """
+    excess = excess_nats(model, encoded)
+    asked = np.argsort(-excess, axis=1, kind="stable")[:, : max(n, CANDIDATES)]
+    gains = _gains(model, encoded, asked)
+    is_there = np.isfinite(np.take_along_axis(excess, asked, axis=1))
+    order = np.argsort(np.where(is_there, -gains, np.inf), axis=1, kind="stable")[:, :n]
+    return np.take_along_axis(asked, order, axis=1), np.take_along_axis(gains, order, axis=1)
 
 
-def _blocks(n_rows: int) -> list[IntArray]:
-    return np.split(np.arange(n_rows), range(ROWS_PER_REPAIR, n_rows, ROWS_PER_REPAIR)) if n_rows else []
+def _gains(model: FittedModel, encoded: Encoded, asked: IntArray) -> FloatArray:
+    """Of the columns asked about in each row, (N, K), in the order of the schema: their `repair_gains`, (N, K)."""
+    gains = np.zeros(asked.shape)
+    for rows in _blocks(len(encoded), ROWS_PER_REPAIR):
+        own = encoded.take(rows)
+        scores, known = model.scores(own, "elbo"), _most_probable_class(model, own)
+        for k, columns in enumerate(asked[rows].T):
+            cells = _cells_of(model, columns) & own.observed
+            mended = np.where(cells, _mended(model, known, cells), own.values)
+            repaired = model.scores(replace(own, values=mended), "elbo")
+            gains[rows, k] = np.where(cells.any(axis=1), scores - repaired, 0.0)
+    return gains
 
 
-def called(name: object) -> str:
-    """A column, or the KL, as people read it."""
-    return COMBINATION if name == KL else str(name)
+def _mended(model: FittedModel, encoded: Encoded, hidden: BoolArray) -> FloatArray:
+    """What is put into hidden cells, (N, D): what is expected there; pixels are drawn.
+
+    An image of expected pixels has none of the grain of a real one, so that every image would gain by becoming it.
+    """
+    values = _expected(model, encoded, hidden)
+    pixels = np.repeat([bool(fitted.shape) for fitted in model.encoder.columns], model.encoder.widths)
+    if (hidden & pixels).any():
+        drawn = model.engine.draw(encoded.hide(hidden), 1, model.engine.generator(0))[0]
+        values = np.where(pixels, drawn, values)
+    return values
 
 
-def parts(model: FittedModel) -> list[Name]:
-    """Names of what `excess_nats` takes apart: the columns in the order of the schema, and the KL."""
-    return [*model.encoder.schema.names, KL]
+def _expected(model: FittedModel, encoded: Encoded, hidden: BoolArray) -> FloatArray:
+    """What each row's other cells let expect in the hidden ones, encoded (N, D); a count is a whole number."""
+    expected = model.engine.expected(encoded.hide(hidden))
+    counts = [fitted.likelihood in LIKELIHOODS_OF_KIND["count"] for fitted in model.encoder.columns]
+    whole = np.repeat(counts, model.encoder.widths)
+    return np.where(whole, np.round(expected), expected)
+
+
+def _cells_of(model: FittedModel, columns: IntArray) -> BoolArray:
+    """The encoded cells (N, D) of one column of each row, columns (N,) in the order of the schema."""
+    own = columns[:, None] == np.arange(len(model.encoder.columns))
+    return np.repeat(own[:, list(model.encoder.order)], model.encoder.widths, axis=1)
+
+
+def _blocks(n_rows: int, size: int) -> list[IntArray]:
+    return np.split(np.arange(n_rows), range(size, n_rows, size)) if n_rows else []
 
 
 def alarm_columns(model: FittedModel, encoded: Encoded, classes: npt.NDArray[np.object_]) -> pd.DataFrame:
-    """Per class (N,) and column, or KL: rows, rows that it tops, mean excess nats; the strongest first."""
-    names = [str(name) for name in parts(model)]
-    excess = excess_nats(model, encoded, column_scores(model, encoded))
-    tables = []
-    for name in sorted(set(classes.tolist())):
-        own = excess[classes == name]
-        present = np.isfinite(own)
-        mean = np.where(present, own, 0.0).sum(axis=0) / np.maximum(present.sum(axis=0), 1)
-        top = np.bincount(own.argmax(axis=1), minlength=len(names))
-        part = pd.DataFrame({"class": name, "column": names, "alarms": len(own), "top": top, "excess_nats": mean})
-        tables.append(part.sort_values(["top", "excess_nats"], ascending=False))
-    columns = ["class", "column", "alarms", "top", "excess_nats"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    """Per class (N,) and column that is most to blame for some of its rows: how many, and what mending it saves."""
+    names = np.array([str(name) for name in model.encoder.schema.names], dtype=object)
+    top, gains = to_blame(model, encoded, 1)
+    blamed = pd.DataFrame({"class": classes, "column": names[top[:, 0]], "repair_nats": gains[:, 0]})
+    return ordered_alarms(
+        blamed.groupby(["class", "column"], as_index=False)
+        .agg(top=("repair_nats", "size"), repair_nats=("repair_nats", "mean"))
+        .assign(alarms=lambda table: table.groupby("class")["top"].transform("sum"))
+    )
+
+
+def ordered_alarms(table: pd.DataFrame) -> pd.DataFrame:
+    """`alarm_columns` in their order: within each class what is most often to blame first."""
+    ordered = table.sort_values(["class", "top", "repair_nats"], ascending=[True, False, False], ignore_index=True)
+    return ordered[ALARM_COLUMNS]
 
 
 def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int) -> pd.DataFrame:
-    """The ``n_top`` most surprising columns of every row, one line each, rows in the order of ``cells``.
+    """The ``n_top`` columns of every row that are most to blame, one line each, rows in the order of ``cells``.
 
-    Columns are ranked by `excess_nats`, the KL among them under its own name. The ranked cells are hidden
-    together and drawn again given the rest of the row: ``expected`` is the mean or most probable value,
-    ``low`` and ``high`` bound the central 90 % of the draws (numbers only; none for the KL).
+    Each cell is hidden by itself and drawn again given the rest of the row: ``expected`` is the mean or most
+    probable value, ``low`` and ``high`` bound the central 90 % of the draws (numbers only).
     """
     blocks = [
         _top_columns_of_block(model, encoded.take(rows), cells.iloc[rows], n_top, seed)
-        for rows in np.split(np.arange(len(cells)), range(ROWS_PER_BLOCK, len(cells), ROWS_PER_BLOCK))
+        for rows in _blocks(len(cells), ROWS_PER_BLOCK) or [np.arange(0)]
     ]
     return pd.concat(blocks, ignore_index=True)
 
@@ -136,28 +168,31 @@ def top_columns(model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top
 def _top_columns_of_block(
     model: FittedModel, encoded: Encoded, cells: pd.DataFrame, n_top: int, seed: int
 ) -> pd.DataFrame:
-    scores = column_scores(model, encoded)
-    nats = np.column_stack([scores.columns, scores.kl])
-    excess = excess_nats(model, encoded, scores)
-    top = np.argsort(-excess, axis=1, kind="stable")[:, :n_top]
-    known = _most_probable_class(model, encoded.hide(_grouped_mask(model, top, encoded.observed.shape)))
-    expected = model.encoder.decode(model.engine.expected(known))
-    low, high = _interval(model, known, seed)
-    rows, chosen = np.repeat(np.arange(len(top)), top.shape[1]), top.ravel()
-    names = parts(model)
-    return pd.DataFrame(
-        {
-            "row": cells.index.to_numpy()[rows],
-            "rank": np.tile(np.arange(1, top.shape[1] + 1), len(top)),
-            "column": [names[d] for d in chosen],
-            "nats": nats[rows, chosen],
-            "excess_nats": excess[rows, chosen],
-            "observed": _pick(cells[names[:-1]], rows, chosen),
-            "expected": _pick(expected, rows, chosen),
-            "low": _with_nan(low)[rows, chosen],
-            "high": _with_nan(high)[rows, chosen],
-        }
-    )
+    top, gains = to_blame(model, encoded, n_top)
+    nats = column_scores(model, encoded).columns
+    known, names = _most_probable_class(model, encoded), model.encoder.schema.names
+    places, lines = np.arange(len(top)), []
+    for rank, (columns, saved) in enumerate(zip(top.T, gains.T, strict=True), start=1):
+        hidden = _cells_of(model, columns)
+        expected = model.encoder.decode(_expected(model, known, hidden))
+        low, high = _interval(model, known.hide(hidden), seed)
+        lines.append(
+            pd.DataFrame(
+                {
+                    "row": cells.index.to_numpy(),
+                    "rank": rank,
+                    "column": [names[d] for d in columns],
+                    "repair_nats": saved,
+                    "nats": nats[places, columns],
+                    "observed": _pick(cells[names], columns),
+                    "expected": _pick(expected, columns),
+                    "low": low[places, columns],
+                    "high": high[places, columns],
+                },
+                index=places,
+            )
+        )
+    return pd.concat(lines).sort_index(kind="stable")
 
 
 def pixels(model: FittedModel, encoded: Encoded, column: Name) -> FloatArray:
@@ -177,7 +212,7 @@ def intervals(
     generator, encoder = model.engine.generator(seed), model.encoder
     missing = np.stack([(~encoded.observed[:, own]).any(axis=1) for own in encoder.slices])
     rows = np.flatnonzero(missing.any(axis=0))
-    for block in np.split(rows, range(ROWS_PER_BLOCK, len(rows), ROWS_PER_BLOCK)):
+    for block in (rows[places] for places in _blocks(len(rows), ROWS_PER_BLOCK)):
         own = encoded.take(block)
         draws = model.engine.draw(own, n_draws, generator)
         bounds = np.quantile(draws, [0.5 - coverage / 2, 0.5 + coverage / 2], axis=0)
@@ -192,12 +227,6 @@ def intervals(
                 lines.append((index[block[i]], name, expected, low, high))
     table = pd.DataFrame(lines, columns=["row", "column", "expected", "low", "high"])
     return table
-
-
-def _grouped_mask(model: FittedModel, top: IntArray, shape: tuple[int, ...]) -> BoolArray:
-    mask = np.zeros((shape[0], shape[1] + 1), dtype=np.bool_)
-    np.put_along_axis(mask, top, True, axis=1)
-    return np.repeat(mask[:, list(model.encoder.order)], model.encoder.widths, axis=1)
 
 
 def _most_probable_class(model: FittedModel, encoded: Encoded) -> Encoded:
@@ -226,14 +255,7 @@ def _numbers(model: FittedModel, values: FloatArray) -> FloatArray:
     return model.encoder.ungroup(numbers)
 
 
-def _pick(frame: pd.DataFrame, rows: IntArray, chosen: IntArray) -> np.ndarray:
-    """Cells by row and column; the column after the last, the KL, has none."""
-    cells = np.empty((len(frame), frame.shape[1] + 1), dtype=object)
-    cells[:, :-1] = frame.astype(object).to_numpy()
-    cells[:, -1] = np.nan
-    picked: np.ndarray = cells[rows, chosen]
-    return picked
-
-
-def _with_nan(values: FloatArray) -> FloatArray:
-    return np.column_stack([values, np.full(len(values), np.nan)])
+def _pick(frame: pd.DataFrame, columns: IntArray) -> npt.NDArray[np.object_]:
+    """One cell of each row."""
+    cells: npt.NDArray[np.object_] = frame.astype(object).to_numpy()[np.arange(len(frame)), columns]
+    return cells

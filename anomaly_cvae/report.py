@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from anomaly_cvae.errors import AnomalyCVAEError, DataError, OutputError, ParameterError
+from anomaly_cvae import table_output
+from anomaly_cvae.console import (
+    ProgressLines,
+    cell,
+    how_far,
+    is_missing,
+    lines,
+    nats,
+    new_table,
+    percent,
+    plain,
+    plain_text,
+    records,
+    share,
+)
+from anomaly_cvae.errors import AnomalyCVAEError, OutputError, ParameterError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,12 +41,14 @@ if TYPE_CHECKING:
 
 WRONG_USE, WRONG_DATA, PARTLY_DONE, NOT_TRACKED, INTERRUPTED = 2, 3, 4, 5, 130
 MOST_COLUMNS, MOST_CLASSES, MOST_DRAWN = 60, 20, 50
-SECONDS_BETWEEN_LINES = 30.0
-TABLE_SUFFIXES = (".parquet", ".csv", ".json")
 PICTURE_SUFFIX = ".png"
 FIGURE_DPI = 110
 MOST_FAULTS = 20
 WORK = {"read": "reading", "score": "scoring", "write": "writing"}
+GUARANTEES = {
+    "pooled": "held by the scores of all classes, put on one scale",
+    "none": "too few calibration rows, or none held out: the rate can be anything",
+}
 STAGES = {"fit": "training", "evaluate": "evaluating", "save": "saving the model", "log": "logging the run"}
 
 
@@ -70,7 +86,7 @@ class Report:
         if error is not None:
             self._fail(error)
         if self.json:
-            print(json_module.dumps({**self.result, "exit_code": self.exit_code}, indent=1, default=_plain))
+            print(json_module.dumps({**self.result, "exit_code": self.exit_code}, indent=1, default=plain))
         if self.exit_code:
             raise SystemExit(self.exit_code) from error
 
@@ -93,10 +109,10 @@ class Report:
     def _error(self, code: int, message: str) -> None:
         self.exit_code, message = code, message + self.done
         self.result["error"] = message
-        self.errors.print(f"[bold red]error:[/bold red] {_plain_text(message)}")
+        self.errors.print(f"[bold red]error:[/bold red] {plain_text(message)}")
 
     def _warn(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        self.aside.print(f"[yellow]warning:[/yellow] {_plain_text(str(message))}")
+        self.aside.print(f"[yellow]warning:[/yellow] {plain_text(str(message))}")
 
     # ------------------------------------------------------------------ training
 
@@ -111,31 +127,29 @@ class Report:
             "classes": {str(name): int(rows) for name, rows in sizes.items()},
             "notes": plan.notes,
         }
-        title = _plain_text(f"{config.name}: {len(plan.frame):,} rows of {', '.join(config.data)}")
-        table = _table("column", "taken for", "why")
+        title = plain_text(f"{config.name}: {len(plan.frame):,} rows of {', '.join(config.data)}")
+        table = new_table("column", "taken for", "why")
         described = schema.report()
-        for row in _lines(described)[:MOST_COLUMNS]:
+        for row in lines(described)[:MOST_COLUMNS]:
             if row["role"] == "condition":
                 continue
             kind = row["kind"] if row["role"] == "column" else "[dim]ignored[/dim]"
             why = "the label" if row["name"] == config.label else str(row["reason"])
-            table.add_row(_plain_text(str(row["name"])), kind, _plain_text(why))
+            table.add_row(plain_text(str(row["name"])), kind, plain_text(why))
         self._show(title, table)
         if len(described) > MOST_COLUMNS:
             self.shown.print(f"… and {len(described) - MOST_COLUMNS} more columns\n")
         for condition in schema.conditions:
             self.shown.print(
-                f"treated [bold]{_plain_text(str(condition.name))}[/bold] as the condition: {condition.kind} "
-                f"({_plain_text(condition.reason)})"
+                f"treated [bold]{plain_text(str(condition.name))}[/bold] as the condition: {condition.kind} "
+                f"({plain_text(condition.reason)})"
             )
         if schema.categorical_conditions:
-            shown = " / ".join(
-                f"{_plain_text(str(name))} {rows:,}" for name, rows in list(sizes.items())[:MOST_CLASSES]
-            )
+            shown = " / ".join(f"{plain_text(str(name))} {rows:,}" for name, rows in list(sizes.items())[:MOST_CLASSES])
             more = f" / … {len(sizes) - MOST_CLASSES} more" if len(sizes) > MOST_CLASSES else ""
             self.shown.print(f"{len(sizes)} classes, training rows: {shown}{more}")
         for note in plan.notes:
-            self.shown.print(_plain_text(note))
+            self.shown.print(plain_text(note))
         detector = plan.detector
         self.shown.print(
             f"{len(plan.training):,} rows to learn from ({detector.validation_fraction:.0%} of them to stop by, "
@@ -159,7 +173,7 @@ class Report:
             "model_uri": trained.model_uri,
             "version": trained.version,
             "seconds": trained.seconds,
-            "thresholds": _records(detector.thresholds_.reset_index()),
+            "thresholds": records(detector.thresholds_.reset_index()),
         }
         self.shown.print(
             f"trained {int(history['step'].iloc[-1]):,} steps in {trained.seconds['fit']:.1f} s, held-out negative "
@@ -172,11 +186,11 @@ class Report:
         self._alarm_columns(trained.explanation.alarm_columns)
         self._warn_of_empty_promises(detector.thresholds_)
         self.left_out(trained.plan.faults)
-        model = _plain_text(str(config.folder))
+        model = plain_text(str(config.folder))
         self.shown.print(f"model   [bold]{model}[/bold]  (sha256 {trained.sha256[:12]})")
         if trained.run_id:
             where = (
-                f" registered as {_plain_text(config.register_as or '')} version {trained.version}"
+                f" registered as {plain_text(config.register_as or '')} version {trained.version}"
                 if trained.version
                 else ""
             )
@@ -197,7 +211,7 @@ class Report:
     def evaluated(self, evaluated: Evaluated, model: OpenModel) -> None:
         """Ranking and verdicts."""
         self.result |= {"model": model.name, "run_id": evaluated.run_id, "label": evaluated.label_rule}
-        title = f"{_plain_text(model.name)}, where {_plain_text(evaluated.label_rule)}"
+        title = f"{plain_text(model.name)}, where {plain_text(evaluated.label_rule)}"
         self._evaluation(title, evaluated.evaluation, model.detector.thresholds_)
         self._alarm_columns(evaluated.explanation.alarm_columns)
         if evaluated.run_id:
@@ -207,57 +221,67 @@ class Report:
 
     def _evaluation(self, title: str, evaluation: Evaluation, thresholds: pd.DataFrame) -> None:
         ranking, alarms = evaluation.ranking, evaluation.alarms
-        self.result["ranking"] = _records(ranking.reset_index())
-        self.result["alarms"] = _records(alarms.reset_index())
+        self.result["ranking"] = records(ranking.reset_index())
+        self.result["alarms"] = records(alarms.reset_index())
         headers = ("rows", "anom-\nalies", "AUROC", "AP", "found", "false\nalarms", "threshold", "guarantee")
-        table = _table("class", numbers=headers)
+        table = new_table("class", numbers=headers)
         single = len(ranking) == 3 and len(thresholds) <= 2
         shown = ranking.drop(index=ranking.index[1:]) if single else ranking
-        verdicts = {line["class"]: line for line in _lines(alarms)}
-        limits = {line["class"]: line for line in _lines(thresholds)}
-        for row in _lines(shown)[: MOST_CLASSES + 3]:
+        verdicts = {line["class"]: line for line in lines(alarms)}
+        limits = {line["class"]: line for line in lines(thresholds)}
+        for row in lines(shown)[: MOST_CLASSES + 3]:
             name = row["class"]
-            verdict, own = verdicts.get(name, {}), _lines(thresholds)[0] if single else limits.get(name, {})
+            verdict, own = verdicts.get(name, {}), lines(thresholds)[0] if single else limits.get(name, {})
             table.add_row(
-                _plain_text(str(name)), f"{row['rows']:,.0f}", f"{row['anomalies']:,.0f}", _share(row["roc_auc"]),
-                _share(row["average_precision"]), _percent(verdict.get("recall")),
-                _percent(verdict.get("false_alarm_rate"), 1), _nats(own.get("threshold")), own.get("guarantee", ""),
+                plain_text(str(name)), f"{row['rows']:,.0f}", f"{row['anomalies']:,.0f}", share(row["roc_auc"]),
+                share(row["average_precision"]), percent(verdict.get("recall")),
+                percent(verdict.get("false_alarm_rate"), 1), nats(own.get("threshold")), own.get("guarantee", ""),
             )  # fmt: skip
         self._show(title, table)
-        if len(shown) > MOST_CLASSES + 3:
-            self.shown.print(f"… and {len(shown) - MOST_CLASSES - 3} more classes\n")
+        self._more_classes(len(shown) - 3)
+        self._guarantees(thresholds)
 
     def _thresholds(self, thresholds: pd.DataFrame) -> None:
-        table = _table("class", numbers=("threshold", "calibration rows", "guarantee"))
-        for row in _lines(thresholds)[:MOST_CLASSES]:
+        table = new_table("class", numbers=("threshold", "calibration rows", "guarantee"))
+        for row in lines(thresholds)[:MOST_CLASSES]:
             rows = f"{row['calibration_rows']:,}"
-            table.add_row(_plain_text(row["class"]), _nats(row["threshold"]), rows, row["guarantee"])
+            table.add_row(plain_text(row["class"]), nats(row["threshold"]), rows, row["guarantee"])
         self._show("thresholds", table)
+        self._more_classes(len(thresholds))
+        self._guarantees(thresholds)
         first = thresholds.iloc[0]
         self.shown.print(
-            f"set {first['set_at']} by {first['set_by'] or 'unknown'}; rule: {_plain_text(first['rule'])}\n"
+            f"set {first['set_at']} by {first['set_by'] or 'unknown'}; rule: {plain_text(first['rule'])}\n"
         )
 
-    def _alarm_columns(self, alarm_columns: pd.DataFrame) -> None:
-        from anomaly_cvae.explain import called
+    def _more_classes(self, n_classes: int) -> None:
+        if n_classes > MOST_CLASSES:
+            self.shown.print(f"… and {n_classes - MOST_CLASSES} more classes; --json has all of them\n")
 
-        self.result["alarm_columns"] = _records(alarm_columns)
+    def _guarantees(self, thresholds: pd.DataFrame) -> None:
+        """What the words of the column mean, where they need saying."""
+        said = [f"{word}: {GUARANTEES[word]}" for word in GUARANTEES if (thresholds["guarantee"] == word).any()]
+        if said:
+            self.shown.print(f"guarantee {plain_text('; '.join(said))}\n")
+
+    def _alarm_columns(self, alarm_columns: pd.DataFrame) -> None:
+        self.result["alarm_columns"] = records(alarm_columns)
         if not len(alarm_columns):
             return
-        table = _table("class", numbers=("alarms",))
+        table = new_table("class", numbers=("alarms",))
         table.add_column("columns")
         for name, own in list(alarm_columns.groupby("class", sort=False))[:MOST_CLASSES]:
             alarms = int(own["alarms"].iloc[0])
-            tops = [row for row in _records(own.head(4)) if row["top"]]
-            top = ", ".join(f"{called(row['column'])} {row['top'] / alarms:.0%}" for row in tops)
-            table.add_row(_plain_text(str(name)), f"{alarms:,}", _plain_text(top))
-        self._show("what drives the alarms: the column that is most surprising in them", table)
+            top = ", ".join(f"{row['column']} {row['top'] / alarms:.0%}" for row in records(own.head(4)))
+            table.add_row(plain_text(str(name)), f"{alarms:,}", plain_text(top))
+        self._show("what drives the alarms: the column most to blame in each", table)
+        self._more_classes(alarm_columns["class"].nunique())
 
     def _tracking_error(self, error: str, kept: str) -> None:
         if error:
             self.exit_code = self.exit_code or NOT_TRACKED
             self.result["tracking_error"] = error
-            self.errors.print(f"[yellow]tracking failed:[/yellow] {_plain_text(error)}; {_plain_text(kept)}")
+            self.errors.print(f"[yellow]tracking failed:[/yellow] {plain_text(error)}; {plain_text(kept)}")
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Progress], None]]:
@@ -266,7 +290,7 @@ class Report:
             yield lambda progress: None
             return
         if not sys.stderr.isatty():
-            yield _Lines(self.aside.print)
+            yield ProgressLines(self.aside.print)
             return
         from rich import progress as bars
 
@@ -278,7 +302,7 @@ class Report:
             task = bar.add_task("scoring", total=1.0, said="")
 
             def show(progress: Progress) -> None:
-                said = f"{_how_far(progress)}, {_plain_text(progress.path.name)}"
+                said = f"{how_far(progress)}, {plain_text(progress.path.name)}"
                 bar.update(task, completed=progress.done, said=said)
 
             yield show
@@ -310,16 +334,15 @@ class Report:
                 }
                 for f in summary.files
             ],
-            "classes": _records(classes.reset_index()),
+            "classes": records(classes.reset_index()),
             "run_id": scored.run_id,
         }
-        table = _table("class", numbers=("rows", "anomalies", "share"))
-        for row in _lines(classes.sort_values("rows", ascending=False))[:MOST_CLASSES]:
-            name = _plain_text(row["class"])
+        table = new_table("class", numbers=("rows", "anomalies", "share"))
+        for row in lines(classes.sort_values("rows", ascending=False))[:MOST_CLASSES]:
+            name = plain_text(row["class"])
             table.add_row(name, f"{row['rows']:,}", f"{row['anomalies']:,}", f"{row['share']:.2%}")
-        self._show(f"{_plain_text(output)}: rows and anomalies per class", table)
-        if len(classes) > MOST_CLASSES:
-            self.shown.print(f"… and {len(classes) - MOST_CLASSES} more classes\n")
+        self._show(f"{plain_text(output)}: rows and anomalies per class", table)
+        self._more_classes(len(classes))
         said = ", ".join(f"{n} {name}" for name, n in count.items() if n)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
         plural = "" if len(summary.files) == 1 else "s"
@@ -332,7 +355,7 @@ class Report:
             self.shown.print(f"run     [bold]runs:/{scored.run_id}[/bold]")
         for file in summary.failed:
             self.exit_code = WRONG_DATA if stopped else PARTLY_DONE
-            self.errors.print(f"[bold red]not scored:[/bold red] {_plain_text(file.error)}")
+            self.errors.print(f"[bold red]not scored:[/bold red] {plain_text(file.error)}")
         self.left_out({path: why for file in summary.files for path, why in file.faults.items()})
         self._tracking_error(scored.tracking_error, f"the scored files stand in {output}")
 
@@ -341,44 +364,40 @@ class Report:
         if summary.rows:
             self.shown.print(f"{WORK[stage]} was the bottleneck: {share:.0%} of the time")
         if summary.limited:
-            cut = [_plain_text(str(file.path)) for file in summary.files if file.cut]
+            cut = [plain_text(str(file.path)) for file in summary.files if file.cut]
             parts = [f"the rest of {name} is not scored" for name in cut]
             parts += [f"{summary.not_opened:,} file(s) were not opened"] if summary.not_opened else []
             self.shown.print(f"stopped at --max-rows: {'; '.join(parts)}")
 
     def explained(self, explanation: Explanation, model: OpenModel) -> None:
         """Each row with its columns, and what drives the alarms."""
-        from anomaly_cvae.explain import KL, called
-
         self.result |= {
             "model": model.name,
             "rows": explanation.n_rows,
             "alarms": explanation.n_alarms,
-            "explained": _records(explanation.rows),
-            "top_columns": _records(explanation.columns),
+            "explained": records(explanation.rows),
+            "top_columns": records(explanation.columns),
         }
         self.shown.print(f"{explanation.n_rows:,} rows, {explanation.n_alarms:,} of them flagged\n")
-        for row in _records(explanation.rows):
+        for row in records(explanation.rows):
             verdict = "[bold red]flagged[/bold red]" if row["is_anomaly"] else "normal"
             where = f"row {row['row_in_file']} of {row['file']}" if row.get("file") else f"row {row['row']}"
             title = (
-                f"{_plain_text(where)}  {_plain_text(str(row['condition']))}  {verdict}  score {_nats(row['score'])}, "
-                f"threshold {_nats(row['threshold'])}, p-value {row['p_value']:.2g}"
+                f"{plain_text(where)}  {plain_text(str(row['condition']))}  {verdict}  score {nats(row['score'])}, "
+                f"threshold {nats(row['threshold'])}, p-value {row['p_value']:.2g}"
             )
-            table = _table("column", numbers=("nats", "above usual", "observed", "expected", "90 % between"))
-            for c in _records(explanation.columns[explanation.columns["row"] == row["row"]]):
-                if c["excess_nats"] <= 0 and c["rank"] > 1:
-                    continue  # it costs less than usual: no reason
-                between = "" if _missing(c["low"]) else f"{_cell(c['low'])} … {_cell(c['high'])}"
-                combined = c["column"] == KL
-                observed, expected = ("", "") if combined else (_cell(c["observed"]), _cell(c["expected"]))
-                cells = (_nats(c["nats"]), f"{c['excess_nats']:+.2f}", observed, expected, between)
-                table.add_row(_plain_text(called(c["column"])), *cells)
+            table = new_table("column", numbers=("observed", "expected", "90 % between", "would save", "nats"))
+            for c in records(explanation.columns[explanation.columns["row"] == row["row"]]):
+                if c["repair_nats"] <= 0 and c["rank"] > 1:
+                    continue  # what is expected is no likelier: no reason
+                between = "" if is_missing(c["low"]) else f"{cell(c['low'])} … {cell(c['high'])}"
+                cells = (cell(c["observed"]), cell(c["expected"]), between, nats(c["repair_nats"]), nats(c["nats"]))
+                table.add_row(plain_text(str(c["column"])), *cells)
             self._show(title, table)
             other = row.get("most_normal_as")
             if other is not None and str(other) != str(row["condition"]):
                 self.shown.print(
-                    f"as [bold]{_plain_text(str(other))}[/bold] it would be less surprising: "
+                    f"as [bold]{plain_text(str(other))}[/bold] it would be less surprising: "
                     f"{row['negative_elbo'] - row['nats_there']:.2f} nats fewer\n"
                 )
         self._alarm_columns(explanation.alarm_columns)
@@ -386,22 +405,22 @@ class Report:
 
     def generated(self, rows: pd.DataFrame, *, shown: bool) -> None:
         """New rows."""
-        self.result["rows"] = _records(rows)
+        self.result["rows"] = records(rows)
         if not shown:
             return
         names = [str(name) for name in rows.columns]
-        cells = [[_cell(value) for value in row] for row in rows.head(MOST_DRAWN).itertuples(index=False)]
+        cells = [[cell(value) for value in row] for row in rows.head(MOST_DRAWN).itertuples(index=False)]
         widths = [max(map(len, column)) + 1 for column in zip(names, *cells, strict=True)]
         if sum(widths) <= self.shown.width:
-            table = _table(numbers=[_plain_text(name) for name in names])
+            table = new_table(numbers=[plain_text(name) for name in names])
             for row in cells:
                 table.add_row(*row)
         else:  # a column a line: names are what is long
             widest = max((len(cell) for row in cells for cell in row), default=1) + 1
             cells = cells[: max((self.shown.width - max(map(len, names))) // widest, 1)]
-            table = _table("column", numbers=[str(i + 1) for i in range(len(cells))])
+            table = new_table("column", numbers=[str(i + 1) for i in range(len(cells))])
             for i, name in enumerate(names):
-                table.add_row(_plain_text(name), *(row[i] for row in cells))
+                table.add_row(plain_text(name), *(row[i] for row in cells))
         self._show(f"{len(rows)} rows from the model", table)
         if len(cells) < len(rows):
             self.shown.print(f"… and {len(rows) - len(cells)} more; --output writes all of them\n")
@@ -410,27 +429,29 @@ class Report:
         """Old and new thresholds."""
         self.result |= {
             "model": str(done.folder), "model_sha256": done.sha256, "run_id": done.run_id, "version": done.version,
-            "thresholds": _records(done.after.reset_index()),
+            "thresholds": records(done.after.reset_index()),
         }  # fmt: skip
-        table = _table("class", numbers=("before", "now", "calibration rows", "guarantee"))
-        for row in _lines(done.after)[:MOST_CLASSES]:
+        table = new_table("class", numbers=("before", "now", "calibration rows", "guarantee"))
+        for row in lines(done.after)[:MOST_CLASSES]:
             before = done.before["threshold"].get(row["class"])
             rows = f"{row['calibration_rows']:,}"
-            name = _plain_text(row["class"])
-            table.add_row(name, _nats(before), _nats(row["threshold"]), rows, row["guarantee"])
+            name = plain_text(row["class"])
+            table.add_row(name, nats(before), nats(row["threshold"]), rows, row["guarantee"])
         self._show("thresholds", table)
+        self._more_classes(len(done.after))
+        self._guarantees(done.after)
         first = done.after.iloc[0]
-        self.shown.print(f"set {first['set_at']} by {first['set_by']}; rule: {_plain_text(first['rule'])}")
-        self.shown.print(f"model   [bold]{_plain_text(str(done.folder))}[/bold]  (sha256 {done.sha256[:12]})")
+        self.shown.print(f"set {first['set_at']} by {first['set_by']}; rule: {plain_text(first['rule'])}")
+        self.shown.print(f"model   [bold]{plain_text(str(done.folder))}[/bold]  (sha256 {done.sha256[:12]})")
         self._tracking_error(done.tracking_error, f"the recalibrated model is saved in {done.folder}")
 
     def runs(self, runs: pd.DataFrame, uri: str) -> None:
         """One line per run."""
-        self.result |= {"tracking_uri": uri, "runs": _records(runs)}
+        self.result |= {"tracking_uri": uri, "runs": records(runs)}
         if not len(runs):
             self.shown.print(f"no runs yet at {uri}: `anomaly-cvae train` makes the first")
             return
-        table = _table(numbers=())
+        table = new_table(numbers=())
         table.add_column("run", min_width=len("runs:/") + 32, overflow="fold")
         table.add_column("job")
         for header in ("AUROC", "AP", "false\nalarms"):
@@ -438,16 +459,16 @@ class Report:
         for run in runs.to_dict(orient="records"):
             state = "" if run["status"] == "FINISHED" else f" ({str(run['status']).lower()})"
             table.add_row(
-                f"{run['started']:%Y-%m-%d %H:%M} {_plain_text(str(run['name']))}{state}\nruns:/{run['run']}",
-                str(run["job"] or ""), _share(run["roc_auc"]), _share(run["average_precision"]),
-                _percent(run["false_alarm_rate"], 1),
+                f"{run['started']:%Y-%m-%d %H:%M} {plain_text(str(run['name']))}{state}\nruns:/{run['run']}",
+                str(run["job"] or ""), share(run["roc_auc"]), share(run["average_precision"]),
+                percent(run["false_alarm_rate"], 1),
             )  # fmt: skip
-        self._show(f"runs at {_plain_text(uri)}", table)
+        self._show(f"runs at {plain_text(uri)}", table)
 
     def promoted(self, uri: str) -> None:
         """The URI that has a new meaning."""
         self.result["model_uri"] = uri
-        self.shown.print(f"[bold]{_plain_text(uri)}[/bold]")
+        self.shown.print(f"[bold]{plain_text(uri)}[/bold]")
 
     def check_output(self, path: str | None, *, picture: bool = False) -> bool:
         """Refuse a file name before any work is done for it; whether it is that of a ``picture``.
@@ -460,10 +481,10 @@ class Report:
         suffix = None if path is None else Path(path).suffix
         if picture and suffix == PICTURE_SUFFIX:
             return True
-        if suffix is not None and suffix not in TABLE_SUFFIXES:
+        if suffix is not None and suffix not in table_output.SUFFIXES:
             images = f", a picture of images as {PICTURE_SUFFIX}" if picture else ""
             raise ParameterError(
-                f"{path}: a table is written as {', '.join(TABLE_SUFFIXES)}{images}; choose one of these"
+                f"{path}: a table is written as {', '.join(table_output.SUFFIXES)}{images}; choose one of these"
             )
         return False
 
@@ -480,10 +501,10 @@ class Report:
         rows, columns = grid.images.shape[:2]
         self._picture(path, Image.fromarray(grid.picture).save)
         self.result |= {"rows": rows, "columns": columns, "lines": list(grid.lines)}
-        self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({rows} x {columns} images)")
+        self.shown.print(f"written [bold]{plain_text(path)}[/bold] ({rows} x {columns} images)")
         if grid.lines:
             shown = ", ".join(grid.lines[:MOST_CLASSES]) + (", …" if len(grid.lines) > MOST_CLASSES else "")
-            self.shown.print(f"its rows: {_plain_text(shown)}")
+            self.shown.print(f"its rows: {plain_text(shown)}")
 
     def figure(self, path: str, figure: Figure) -> None:
         """A figure into a PNG file.
@@ -494,7 +515,7 @@ class Report:
             If the file cannot be written.
         """
         self._picture(path, lambda target: figure.savefig(target, dpi=FIGURE_DPI))
-        self.shown.print(f"written [bold]{_plain_text(path)}[/bold]")
+        self.shown.print(f"written [bold]{plain_text(path)}[/bold]")
 
     def _picture(self, path: str, save: Callable[[Path], object]) -> None:
         try:
@@ -511,7 +532,7 @@ class Report:
         self.exit_code = self.exit_code or PARTLY_DONE
         self.result["left_out"] = {**self.result.get("left_out", {}), **faults}
         for path, why in list(faults.items())[:MOST_FAULTS]:
-            self.errors.print(f"[bold red]left out:[/bold red] {_plain_text(f'{path}: {why}')}")
+            self.errors.print(f"[bold red]left out:[/bold red] {plain_text(f'{path}: {why}')}")
         if len(faults) > MOST_FAULTS:
             self.errors.print(f"[bold red]left out:[/bold red] {len(faults) - MOST_FAULTS:,} more")
 
@@ -525,153 +546,6 @@ class Report:
         DataError
             If it holds images and the format cannot.
         """
-        target = Path(path)
-        _require_room_for_images(path, table)
-        writers: dict[str, Callable[[], Any]] = {
-            ".parquet": lambda: _writable(table).to_parquet(target, index=False),
-            ".csv": lambda: table.to_csv(target, index=False),
-            ".json": lambda: table.to_json(target, orient="records", indent=1),
-        }
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            writers[target.suffix]()
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        table_output.write(path, table)
         self.result[name] = path
-        self.shown.print(f"written [bold]{_plain_text(path)}[/bold] ({len(table):,} lines)")
-
-
-class _Lines:
-    """Says how far a job is, every half minute."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.next = say, SECONDS_BETWEEN_LINES
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.seconds < self.next:
-            return
-        self.next = progress.seconds + SECONDS_BETWEEN_LINES
-        self.say(f"{progress.done:.0%}: {_how_far(progress)}, at {_plain_text(progress.path.name)}")
-
-
-def _how_far(progress: Progress) -> str:
-    said = f"{progress.rows:,} rows, {progress.rows_per_second:,.0f} rows/s"
-    left = progress.seconds_left
-    if not math.isfinite(left):
-        return said
-    time = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 6000 else f"{left / 3600:.1f} h"
-    return f"{said}, about {time} left"
-
-
-def _writable(table: pd.DataFrame) -> pd.DataFrame:
-    """Cells of mixed type (a value observed may be a number or a word) as text: Parquet columns have one type.
-
-    Images are PNG bytes.
-    """
-    mixed = [name for name in table if table[name].dtype == object]
-    cells = {name: _png if _holds_images(table[name]) else str for name in mixed}
-    return table.assign(
-        **{
-            str(name): table[name].map(lambda v, as_cell=as_cell: None if _missing(v) else as_cell(v))
-            for name, as_cell in cells.items()
-        }
-    )
-
-
-def _holds_images(cells: pd.Series) -> bool:
-    return cells.dtype == object and any(_is_array(cell) for cell in cells)
-
-
-def _require_room_for_images(path: str, table: pd.DataFrame) -> None:
-    if Path(path).suffix == ".parquet":
-        return
-    images = [str(name) for name in table if _holds_images(table[name])]
-    if images:
-        raise DataError(f"{path}: cannot hold the images of column {images[0]!r}; choose .parquet, or .png for a grid")
-
-
-def _is_array(value: Any) -> bool:
-    return getattr(value, "ndim", 0) in (2, 3) and hasattr(value, "shape")
-
-
-def _png(image: Any) -> bytes:
-    """An image (H, W), (H, W, C) or (C, H, W) as PNG bytes; fractions become bytes."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8:
-        pixels = np.round(255.0 * np.clip(pixels.astype(np.float64), 0.0, 1.0)).astype(np.uint8)
-    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3):
-        pixels = pixels.transpose(1, 2, 0)
-    content = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels).save(content, "PNG")
-    return content.getvalue()
-
-
-def _table(*columns: str, numbers: Sequence[str] = ()) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for column in numbers:
-        table.add_column(column, justify="right", overflow="fold")
-    return table
-
-
-def _plain_text(text: str) -> str:
-    """Text without a meaning for rich: a column may be called ``Torque [Nm]``."""
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _cell(value: Any) -> str:
-    if _missing(value):
-        return "missing"
-    if _is_array(value):
-        return f"({' x '.join(map(str, value.shape))} image)"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    return _plain_text(str(value))
-
-
-def _missing(value: Any) -> bool:
-    if _is_array(value):
-        return False
-    return value is None or value != value or type(value).__name__ == "NAType"
-
-
-def _nats(value: Any) -> str:
-    return "" if _missing(value) else f"{value:.2f}"
-
-
-def _share(value: Any) -> str:
-    return "" if _missing(value) else f"{value:.4f}"
-
-
-def _percent(value: Any, digits: int = 0) -> str:
-    return "" if _missing(value) else f"{value:.{digits}%}"
-
-
-def _lines(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return _records(table.reset_index())
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(k): _plain(v) for k, v in row.items()} for row in table.to_dict(orient="records")]
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: no NaN, no numpy; of an image its size."""
-    if _is_array(value):
-        return _cell(value)
-    if hasattr(value, "item"):
-        value = value.item()
-    if _missing(value) or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    return value if isinstance(value, (str, int, float, bool, dict, list)) else str(value)
+        self.shown.print(f"written [bold]{plain_text(path)}[/bold] ({len(table):,} lines)")

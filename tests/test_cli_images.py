@@ -338,10 +338,11 @@ def test_train_evaluate_score_and_explain_a_table_with_pictures(place, tmp_path)
     done("score", model, data, "--output", tmp_path / "scored", "--explain", "--no-tracking")
     scored = pd.read_parquet(tmp_path / "scored" / "table.parquet")
     assert scored["id"].tolist() == list(range(N))
-    assert set(scored["top_column"]) <= {"picture", "kl"}
-    assert "(image)" in done("explain", model, data, "--rows", 2, "--output", tmp_path / "why.csv")
-    assert set(pd.read_csv(tmp_path / "why.csv")["column"]) <= {"picture", "kl"}
-    done("explain", model, data, "--rows", 2, "--output", tmp_path / "heat.png")
+    assert set(scored["top_column"].dropna()) <= {"picture"}
+    assert scored["top_column"].notna().equals(scored["is_anomaly"])
+    assert "(image)" in done("explain", model, data, "--top", 2, "--output", tmp_path / "why.csv")
+    assert set(pd.read_csv(tmp_path / "why.csv")["column"]) <= {"picture"}
+    done("explain", model, data, "--top", 2, "--output", tmp_path / "heat.png")
     assert Image.open(tmp_path / "heat.png").width > 100
     assert "one column of images" in refused(
         2, "explain", place / "plain", place / "plain.csv", "-o", tmp_path / "h.png"

@@ -223,30 +223,57 @@ def test_score_table_agrees_with_the_methods(detector, table):
     np.testing.assert_allclose(scored["p_value"], detector.p_values(table))
     np.testing.assert_array_equal(scored["is_anomaly"], detector.predict(table) == -1)
     assert (scored["condition"] == table["type"]).all()
-    top = detector.top_columns(table.head(30), n=1)
-    assert top["column"].tolist() == scored["top_column"].head(30).tolist()
-    np.testing.assert_allclose(top["excess_nats"], scored["top_nats"].head(30), rtol=1e-4, atol=1e-5)
 
 
-def test_the_combination_is_named_where_no_column_is_to_blame():
+def test_only_flagged_rows_carry_the_column_to_blame(detector, table):
+    mixed = table.head(30).assign(load=lambda t: np.where(t.index % 2, t["load"], 40.0))
+    scored = detector.score_table(mixed, top_column=True)
+    flagged = scored["is_anomaly"].to_numpy()
+    assert 0 < flagged.sum() < 30
+    assert scored.loc[~flagged, ["top_column", "top_nats"]].isna().all(axis=None)
+    top = detector.top_columns(mixed[flagged], n=1)
+    assert top["column"].tolist() == scored.loc[flagged, "top_column"].tolist()
+    np.testing.assert_allclose(top["repair_nats"], scored.loc[flagged, "top_nats"], rtol=1e-4, atol=1e-5)
+    assert (scored.loc[mixed["load"] == 40.0, "top_column"] == "load").all()
+    assert detector.score_table(table.head(0), top_column=True).columns[-1] == "top_nats"
+
+
+def test_cells_that_do_not_go_together_are_blamed_each_by_what_the_other_lets_expect():
     rng = np.random.default_rng(0)
     x = rng.normal(size=3000)
     frame = pd.DataFrame({"x": x, "y": x + 0.1 * rng.normal(size=3000), "z": rng.normal(size=3000)})
     fitted = CVAEDetector(max_steps=600, hidden_dims=(32,), n_estimators=1, random_state=0).fit(frame)
     apart = pd.DataFrame({"x": [1.6, -1.5], "y": [-1.6, 1.5], "z": [0.0, 0.1]})  # each cell ordinary, together not
     assert (fitted.predict(apart) == -1).all()
-    parts = fitted.explain(apart)
     top = fitted.top_columns(apart, n=4)
-    assert set(top["column"]) == {"x", "y", "z", "kl"}
-    own = [parts[name].iloc[row] for name, row in zip(top["column"], top["row"], strict=True)]
-    np.testing.assert_allclose(top["nats"], own, rtol=1e-4, atol=1e-4)
-    of_kl = top[top["column"] == "kl"]
-    assert of_kl["observed"].isna().all()
-    assert of_kl["low"].isna().all()
-    # What is above usual adds up to the whole excess of the row over the mean normal one.
-    typical = fitted.negative_elbo(frame.iloc[fitted.split_.calibration]).mean()
-    total = top.groupby("row")["excess_nats"].sum().to_numpy()
-    np.testing.assert_allclose(total, fitted.negative_elbo(apart) - typical, rtol=1e-3, atol=1e-2)
+    assert top["column"].groupby(top["row"]).agg(set).tolist() == [{"x", "y", "z"}] * 2
+    assert (top.loc[top["rank"] == 3, "column"] == "z").all()
+    assert (top.loc[top["rank"] < 3, "repair_nats"] > 10.0).all()
+    # x is expected where y is, and y where x is: each is hidden by itself.
+    others = {("x", 0): -1.6, ("y", 0): 1.6, ("x", 1): 1.5, ("y", 1): -1.5}
+    for column, row, expected in zip(top["column"], top["row"], top["expected"], strict=True):
+        if column != "z":
+            assert abs(expected - others[column, row]) < 1.0
+    of_nats, of_repairs = fitted.explain(apart), fitted.explain(apart, method="repair")
+    for line in top.itertuples():
+        assert line.nats == pytest.approx(of_nats[line.column].iloc[line.row], abs=1e-3)
+        assert line.repair_nats == pytest.approx(of_repairs[line.column].iloc[line.row], abs=1e-3)
+
+
+def test_top_columns_of_a_wide_table_ask_those_that_cost_most_or_as_many_as_are_wanted():
+    rng = np.random.default_rng(3)
+    frame = pd.DataFrame(rng.normal(size=(600, 12)), columns=[f"c{i}" for i in range(12)])
+    fitted = CVAEDetector(max_steps=60, hidden_dims=(16,), n_estimators=1, random_state=0).fit(frame)
+    strange = frame.head(5).assign(c10=9.0, c3=np.nan)
+    first, all_of_them = fitted.top_columns(strange, n=2), fitted.top_columns(strange, n=12)
+    assert (first.loc[first["rank"] == 1, "column"] == "c10").all()
+    assert len(all_of_them) == 60
+    gains = fitted.explain(strange, method="repair").to_numpy()
+    for row, own in all_of_them.groupby("row"):
+        assert own["column"].iloc[-1] == "c3"  # missing, so not to blame
+        np.testing.assert_allclose(own["repair_nats"].iloc[:-1], -np.sort(-np.delete(gains[row], 3)), atol=1e-3)
+    same = all_of_them[all_of_them["rank"] == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(first[first["rank"] == 1].reset_index(drop=True), same)
 
 
 def test_same_model_from_frame_arrow_and_nullable_dtypes(table):
@@ -434,7 +461,9 @@ def test_what_stands_out_does_not_depend_on_the_unit():
     )
     fitted = CVAEDetector(max_steps=300, hidden_dims=(16,), n_estimators=1, random_state=0).fit(frame)
     strained = frame.head(100).assign(strain=8e-5, gap=np.nan)
-    assert (fitted.score_table(strained, top_column=True)["top_column"] == "strain").all()
+    scored = fitted.score_table(strained, top_column=True)
+    assert scored["is_anomaly"].all()
+    assert (scored["top_column"] == "strain").all()
     assert (fitted.top_columns(strained, n=4).groupby("row")["column"].last() == "gap").all()
     assert (fitted.explain(strained, method="repair").idxmax(axis=1) == "strain").all()
 

@@ -45,13 +45,14 @@ def test_alarm_columns_count_the_column_that_is_wrong(detector, table):
     top = alarms.sort_values("top", ascending=False).groupby("class").first()
     assert (top["column"] == "load").all()
     assert (top["top"] == top["alarms"]).all()
-    # The mean excess is that of `explain`, above what the column costs normals.
-    assert (top["excess_nats"] > 5).all()
+    saved = detector.top_columns(strange, n=1).merge(strange["kind"], left_on="row", right_index=True)
+    np.testing.assert_allclose(top["repair_nats"], saved.groupby("kind")["repair_nats"].mean(), rtol=1e-4)
+    assert (top["repair_nats"] > 5).all()
 
 
 def test_without_alarms_there_is_an_empty_table(detector, table):
     normal = table[detector.predict(table) == 1]
-    assert list(detector.alarm_columns(normal).columns) == ["class", "column", "alarms", "top", "excess_nats"]
+    assert list(detector.alarm_columns(normal).columns) == ["class", "column", "alarms", "top", "repair_nats"]
     assert not len(detector.alarm_columns(normal))
 
 

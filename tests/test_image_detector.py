@@ -260,8 +260,9 @@ def test_the_column_to_blame_is_named(mixed: CVAEDetector) -> None:
     new = table(seed=1).iloc[:4].reset_index(drop=True)
     new.loc[1, "weight"] = 80.0
     new.at[2, "picture"] = png(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8))
-    top = mixed.score_table(new, top_column=True)["top_column"]
-    assert list(top[[1, 2]]) == ["weight", "picture"]
+    scored = mixed.score_table(new, top_column=True)
+    assert scored.loc[2, "top_column"] == "picture"
+    assert scored["top_column"].notna().equals(scored["is_anomaly"])
     ranked = mixed.top_columns(new, n=1)
     assert list(ranked["column"][[1, 2]]) == ["weight", "picture"]
 

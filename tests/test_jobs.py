@@ -28,6 +28,7 @@ from anomaly_cvae.jobs import (
     recalibrate_model,
     train,
 )
+from anomaly_cvae.jobs.thresholds import Recalibrated
 
 TINY: dict[str, Any] = {"max_steps": 60, "hidden_dims": [16], "n_estimators": 1, "device": "cpu"}
 N, ANOMALIES = 400, 20
@@ -736,6 +737,20 @@ def test_fresh_normals_set_the_thresholds_without_the_anomalies(saved: str, writ
     assert rows[0].loc[["a", "b"], "calibration_rows"].sum() == 600 - ANOMALIES
     detector = CVAEDetector.load(f"{saved}-1", device="cpu")
     assert (detector.predict(made_up(2_000, seed=3).iloc[:-ANOMALIES]) == -1).mean() < 0.04
+
+
+def test_thresholds_from_the_training_table_promise_nothing_and_say_so(trained: Trained, saved: str, written) -> None:
+    def recalibrated(path: str) -> Recalibrated:
+        given = TableConfig(data=[path], label="failed")
+        return recalibrate_model(open_model(saved, device="cpu"), given, false_alarm_rate=0.2, log=False)
+
+    fresh = recalibrated(written(made_up(600, seed=2), "fresh.csv"))
+    assert (fresh.after.loc[["a", "b"], "guarantee"] == "class").all()
+    with pytest.warns(UserWarning, match="the model was trained on"):
+        done = recalibrated(str(Path(trained.folder).parent / "table.csv"))
+    assert (done.after["guarantee"] == "none").all()
+    assert done.after["rule"].str.endswith("rows of the table that the model was trained on").all()
+    pd.testing.assert_frame_equal(CVAEDetector.load(saved, device="cpu").thresholds_, done.after)
 
 
 def test_there_must_be_something_to_change(saved: str) -> None:

@@ -14,7 +14,7 @@ from anomaly_cvae.batch.needs import Needs
 from anomaly_cvae.batch.source import find_files
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.errors import DataError
-from anomaly_cvae.explain import COMBINATION, KL
+from anomaly_cvae.explain import ALARM_COLUMNS, ordered_alarms
 from anomaly_cvae.fitted import can_contrast
 from anomaly_cvae.frames import BoolArray
 from anomaly_cvae.jobs.models import OpenModel
@@ -63,18 +63,16 @@ class Explanation:
 
 
 def _in_words(column: Mapping[Any, Any]) -> str:
-    """``speed 2,833 (expected 1,474; 1,365 … 1,583): +17.3 nats``; empty for what is no reason."""
-    if column["excess_nats"] <= 0 and column["rank"] > 1:
+    """``speed 2,833 (expected 1,474; 1,365 … 1,583): 17.3 nats``; empty for what is no reason."""
+    if column["repair_nats"] <= 0 and column["rank"] > 1:
         return ""
-    if column["column"] == KL:
-        return f"{COMBINATION}: {column['excess_nats']:+.1f} nats"
     if IMAGE_CELL in (column["observed"], column["expected"]):
-        return f"{column['column']}: {column['excess_nats']:+.1f} nats"
+        return f"{column['column']}: {column['repair_nats']:.1f} nats"
     between = "" if pd.isna(column["low"]) else f"; {column['low']:,.4g} … {column['high']:,.4g}"
     observed, expected = (
         f"{v:,.5g}" if isinstance(v, float) else str(v) for v in (column["observed"], column["expected"])
     )
-    return f"{column['column']} {observed} (expected {expected}{between}): {column['excess_nats']:+.1f} nats"
+    return f"{column['column']} {observed} (expected {expected}{between}): {column['repair_nats']:.1f} nats"
 
 
 def most_surprising(scored: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -191,10 +189,10 @@ def merged(parts: list[pd.DataFrame]) -> pd.DataFrame:
     """Alarm columns of several batches as one table, the strongest first."""
     parts = [part for part in parts if len(part)]
     if not parts:
-        return pd.DataFrame(columns=["class", "column", "alarms", "top", "excess_nats"])
+        return pd.DataFrame(columns=ALARM_COLUMNS)
     together = pd.concat(parts, ignore_index=True)
-    together["total"] = together["excess_nats"] * together["alarms"]
-    summed = together.groupby(["class", "column"], sort=False, as_index=False)[["alarms", "top", "total"]].sum()
-    summed["excess_nats"] = summed["total"] / summed["alarms"]
-    ordered = summed.sort_values(["class", "top", "excess_nats"], ascending=[True, False, False], ignore_index=True)
-    return ordered[["class", "column", "alarms", "top", "excess_nats"]]
+    together["total"] = together["repair_nats"] * together["top"]
+    summed = together.groupby(["class", "column"], as_index=False)[["top", "total"]].sum()
+    summed["repair_nats"] = summed["total"] / summed["top"]
+    summed["alarms"] = summed.groupby("class")["top"].transform("sum")
+    return ordered_alarms(summed)

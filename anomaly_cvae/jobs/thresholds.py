@@ -17,6 +17,9 @@ from anomaly_cvae.jobs.runs import child_run
 from anomaly_cvae.jobs.tables import digest, model_columns, read_config_labels, read_for, with_known_label
 from anomaly_cvae.labels import ANOMALY, LEFT_OUT, UNKNOWN
 
+OF_TRAINING = "of the table that the model was trained on"
+"""What thresholds from them are noted with: they promise nothing."""
+
 
 @dataclass(frozen=True)
 class Recalibrated:
@@ -65,7 +68,10 @@ def recalibrate_model(
     else:
         normals = _normals(model, config)
         reader = model.reader  # another layout, perhaps, which is not to be saved
-        detector.model_ = reader.recalibrate(normals, false_alarm_rate=false_alarm_rate).model_
+        changed = reader.recalibrate(normals, false_alarm_rate=false_alarm_rate).model_
+        if changed.calibration is not None and _is_of_training(model, config):
+            changed = replace(changed, calibration=replace(changed.calibration, rows=OF_TRAINING))
+        detector.model_ = changed
     folder = Path(output) if output is not None else model.folder
     notes = bundle.provenance(model.folder)
     detector.save(folder)
@@ -83,7 +89,7 @@ def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
     """The rows of a table that are not labelled as anomalies; by the label of the training, unless another is named."""
     frame = read_for(model, config)
     rows = model_columns(model.reader, frame)
-    if bundle.provenance(model.folder).get("data_sha256") == digest(config.data):
+    if _is_of_training(model, config):
         warnings.warn(
             "these are the rows that the model was trained on: thresholds from them promise nothing", stacklevel=2
         )
@@ -99,6 +105,10 @@ def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
         raise DataError(f"no row is labelled normal ({labels.rule})")
     warnings.warn(f"{labels.count(ANOMALY):,} rows are left out as anomalies: {labels.rule}", stacklevel=2)
     return normals
+
+
+def _is_of_training(model: OpenModel, config: TableConfig) -> bool:
+    return bool(bundle.provenance(model.folder).get("data_sha256") == digest(config.data))
 
 
 def _log(

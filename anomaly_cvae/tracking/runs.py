@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from anomaly_cvae import explain, metrics, plots
+from anomaly_cvae import metrics, plots
 from anomaly_cvae.detector import CVAEDetector
 from anomaly_cvae.images import encode_picture
 from anomaly_cvae.schema import image_of
@@ -177,7 +177,7 @@ def summary(detector: CVAEDetector, evaluation: metrics.Evaluation | None, extra
     first = thresholds.iloc[0]
     lines += ["", f"Thresholds set {first['set_at']} by {first['set_by'] or 'unknown'}; rule: {first['rule']}."]
     if extras is not None and extras.alarm_columns is not None and len(extras.alarm_columns):
-        lines += ["", "What drives the alarms (share of the class's alarms that the column tops):", ""]
+        lines += ["", "What drives the alarms (share of the class's alarms in which the column is most to blame):", ""]
         lines += alarm_lines(extras.alarm_columns)
     return "\n".join(lines)
 
@@ -212,7 +212,7 @@ def alarm_lines(
     for name, own in list(alarm_columns.groupby("class", sort=False))[:MAX_CLASSES_IN_SUMMARY]:
         alarms = int(own["alarms"].iloc[0])
         first = own.head(columns_per_class).to_dict(orient="records")
-        top = ", ".join(f"`{explain.called(row['column'])}` {row['top'] / alarms:.0%}" for row in first if row["top"])
+        top = ", ".join(f"`{row['column']}` {row['top'] / alarms:.0%}" for row in first)
         lines.append(f"- **{name}**, {alarms:,} alarms: {top}")
     return lines
 

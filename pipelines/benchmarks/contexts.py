@@ -66,7 +66,7 @@ class Limits:
 
     training_images: int = TRAINING_IMAGES
     test_images: int = 2_000
-    image_steps: int = 1_200
+    image_steps: int = 3_000
 
 
 def sets(limits: Limits) -> list[DataSet]:

@@ -121,12 +121,15 @@ def figures(detector: CVAEDetector, learned: np.ndarray, fresh: pd.DataFrame, se
 def ours(detector: CVAEDetector, rows: pd.DataFrame, many: int) -> dict[str, np.ndarray]:
     """What the detector blames, in each of its ways; the KL is no column."""
     model, encoded = detector.model_, detector._encode(rows, None)
-    excess = explain.excess_nats(model, encoded, explain.column_scores(model, encoded))
     gains = detector.explain(rows, method="repair").to_numpy()
+    columns, saved = explain.to_blame(model, encoded, explain.CANDIDATES)
+    candidates = np.full(gains.shape, -np.inf)
+    np.put_along_axis(candidates, columns, saved, axis=1)
     return {
         explained_page.OURS: gains,
         explained_page.IN_TURN: in_turn(detector, rows, gains, many),
-        "CVAE, excess nats (top_columns)": excess[:, :-1],
+        "CVAE, top_columns": candidates,
+        "CVAE, excess nats": explain.excess_nats(model, encoded),
         'CVAE, explain(method="sum")': detector.explain(rows).drop(columns=explain.KL).to_numpy(),
     }
 
