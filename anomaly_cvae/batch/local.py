@@ -282,14 +282,17 @@ class _Job:
                         left -= len(batch.frame)
                     if len(batch.frame) or first:  # one without rows gives the file its columns
                         scored = self.stopwatch.timed("score", partial(self._score_batch, file, batch))
-                        add_counts(totals, counts_by_class(scored, self.known))
-                        writer.submit(partial(self.stopwatch.timed, "write", partial(sink.write, batch.kept, scored)))
+                        writer.submit(partial(self._write, sink, batch, scored, totals))
                         self.rows, first = self.rows + len(scored), False
                     self._report(file, batch.done * size)
                     if cut:
                         break
             self.stopwatch.timed("write", sink.finish)
         return totals, cut
+
+    def _write(self, sink: ScoredFile, batch: Batch, scored: pd.DataFrame, totals: dict[str, tuple[int, int]]) -> None:
+        self.stopwatch.timed("write", partial(sink.write, batch.kept, scored))
+        add_counts(totals, counts_by_class(scored, self.known))
 
     def _score_batch(self, file: TableFile, batch: Batch) -> pd.DataFrame:
         frame, options = self.needs.table(batch.frame), self.options

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+import numpy as np
 import pandas as pd
 
 from anomaly_cvae.batch.places import Place
@@ -179,10 +180,15 @@ def _pyarrow() -> tuple[Any, Any]:
 
 def counts_by_class(scored: pd.DataFrame, known: Collection[str]) -> dict[str, tuple[int, int]]:
     """Rows and anomalies of each known class in a scored table; the others count as one."""
-    names = scored["condition"].astype(object)
-    names = names.where(names.isin(known), UNKNOWN_CLASS).where(names.notna(), MISSING)
-    grouped = scored["is_anomaly"].groupby(names).agg(["size", "sum"])
-    return {str(name): (int(n), int(flagged)) for name, n, flagged in grouped.itertuples()}
+    codes, found = pd.factorize(scored["condition"])  # of a missing one: -1
+    names = [MISSING, *(str(name) if name in known else UNKNOWN_CLASS for name in found)]
+    flagged = scored["is_anomaly"].to_numpy(dtype=np.bool_)
+    sizes, anomalies = (np.bincount(own + 1, minlength=len(names)) for own in (codes, codes[flagged]))
+    totals = dict[str, tuple[int, int]]()
+    for name, n, n_flagged in zip(names, sizes, anomalies, strict=True):
+        if n:
+            add_counts(totals, {name: (int(n), int(n_flagged))})
+    return totals
 
 
 def add_counts(totals: dict[str, tuple[int, int]], more: Mapping[str, tuple[int, int]]) -> None:
