@@ -62,7 +62,7 @@ format: $(VENV)/.installed-dev  ## Format the code
 
 ui: $(VENV)/.installed  ## MLflow at http://127.0.0.1:5000, on the runs of this folder
 	@mkdir -p mlruns
-	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 \
+	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlruns/mlflow.db}" --default-artifact-root mlruns/artifacts
 
 bench-floor: $(VENV)/.installed  ## Measure the speed floors; writes docs/benchmarks/floor.md

@@ -458,7 +458,7 @@ def _decode_column(column: Column, fitted: FittedColumn, values: FloatArray, dra
         codes = np.clip(values, 0, max(len(column.levels) - 1, 0)).astype(np.int64)
         return _level_array(column.levels)[codes] if column.levels else np.full(len(values), np.nan)
     if column.kind == "count":
-        return values
+        return values.astype(np.int64) if drawn else values
     return values * fitted.scale + fitted.center if fitted.observed else np.full(len(values), np.nan)
 
 

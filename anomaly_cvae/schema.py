@@ -19,6 +19,9 @@ ConditionKind = Literal["categorical", "continuous", "attribute"]
 
 MAX_LEVELS = 1_000
 """A text column with more distinct values than this is taken for free text or an identifier."""
+CONSTANT = "constant"
+LEAST_ROW_NUMBERS = 50
+"""Fewer whole numbers in a row may be one by chance."""
 MAX_NUMERIC_CLASSES = 50
 """A numeric condition with more distinct values than this is taken for a continuous one."""
 MAX_CLASSES = 1_000
@@ -228,11 +231,14 @@ def _infer_kind(cells: pd.Series, name: Name, content: CellType) -> tuple[Kind, 
     present = values[~np.isnan(values)]
     if set(np.unique(present[:10_000])) <= {0.0, 1.0} and np.isin(present, (0.0, 1.0)).all():
         if present.min() == present.max():
-            return "real", "constant"
+            return "real", CONSTANT
         return "binary", "only 0 and 1"
-    if content == "integer":
-        return _infer_whole(present)
-    return "real", "constant" if present.min() == present.max() else "floating-point numbers"
+    # A gap makes numpy keep whole numbers as floats.
+    has_gaps = len(present) < len(values) and bool((present == np.round(present)).all())
+    if content == "integer" or has_gaps:
+        kind, reason = _infer_whole(present)
+        return kind, f"{reason}, some missing" if has_gaps and reason != CONSTANT else reason
+    return "real", CONSTANT if present.min() == present.max() else "floating-point numbers"
 
 
 def _infer_text(cells: pd.Series, name: Name) -> tuple[Kind, str]:
@@ -248,7 +254,7 @@ def _infer_text(cells: pd.Series, name: Name) -> tuple[Kind, str]:
 
 def _infer_whole(present: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Kind, str]:
     if present.min() == present.max():
-        return "real", "constant"
+        return "real", CONSTANT
     if present.min() < 0:
         return "real", "whole numbers, some negative"
     if present.max() > LARGEST_COUNT:
@@ -257,6 +263,14 @@ def _infer_whole(present: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Kind, 
     if present.var() < 0.5 * present.mean():
         return "real", "whole numbers spread less than counts are"
     return "count", "whole numbers from 0 up"
+
+
+def is_row_number(cells: pd.Series, name: Name) -> bool:
+    """Whether cells are whole numbers that run on without a gap or a repeat, as the numbers of rows do."""
+    if len(cells) < LEAST_ROW_NUMBERS or cell_type(cells, name) != "integer" or cells.isna().any():
+        return False
+    values = numeric_cells(cells, name)
+    return bool(values.max() - values.min() == len(values) - 1 and len(np.unique(values)) == len(values))
 
 
 def infer_condition(cells: pd.Series, name: Name, asked: str | None = None, may_miss: bool = False) -> Condition:

@@ -172,6 +172,16 @@ def test_top_columns_say_what_was_expected_instead(detector):
     assert len(top) == 2
 
 
+def test_a_row_number_among_the_columns_is_warned_of(table):
+    with pytest.warns(UserWarning, match=r"'serial': whole numbers .* leave them out"):
+        CVAEDetector("type", **TINY).fit(table)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CVAEDetector("type", ignore_columns="serial", **TINY).fit(table)
+        CVAEDetector("type", column_kinds={"serial": "real"}, **TINY).fit(table)
+    assert not [w for w in caught if "row numbers" in str(w.message)]
+
+
 def test_samples_look_like_the_class(detector, table):
     drawn = detector.sample(500, condition="fridge", random_state=0)
     assert list(drawn.columns) == [name for name in table.columns if name != "serial"]
@@ -179,6 +189,7 @@ def test_samples_look_like_the_class(detector, table):
     # The temperature of the fridges lies within a few degrees of 4, that of the furnaces around 900.
     assert abs(drawn["temperature"].median() - own["temperature"].median()) < 60.0
     assert abs(drawn["alarms"].mean() - own["alarms"].mean()) < 0.8
+    assert drawn["alarms"].dtype == np.int64
     assert set(drawn["maker"]) <= set(own["maker"])
     mixed = detector.sample(300, random_state=1)
     assert 0.3 < (mixed["type"] == "fridge").mean() < 0.7

@@ -144,8 +144,8 @@ def test_missing_cells_of_every_kind_are_masked_and_only_they() -> None:
 
 
 def test_missing_training_cells_do_not_change_scaling() -> None:
-    values = np.array([1.0, 5.0, 9.0])
-    with_missing = fitted(pd.DataFrame({"x": [1.0, np.nan, 5.0, 9.0, np.nan]})).columns[0]
+    values = np.array([1.5, 5.5, 9.5])
+    with_missing = fitted(pd.DataFrame({"x": [1.5, np.nan, 5.5, 9.5, np.nan]})).columns[0]
     assert with_missing.center == pytest.approx(values.mean())
     assert with_missing.scale == pytest.approx(values.std())
     assert with_missing.observed == 3
