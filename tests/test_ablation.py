@@ -1,15 +1,13 @@
 """The ablation: figures of tuning sets and of others stand apart, and only like is compared with like."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from programs import BENCHMARKS, of_benchmarks, python
 
-BENCHMARKS = Path(__file__).parents[1] / "pipelines" / "benchmarks"
 LINE = """
 import sys, ablation, pandas as pd
 print("\\n".join(ablation.section(pd.read_csv(sys.argv[1]))))
@@ -19,11 +17,8 @@ print("\\n".join(ablation.section(pd.read_csv(sys.argv[1]))))
 def cells_of(table: pd.DataFrame, place: Path) -> dict[str, list[str]]:
     """The page's table of these measurements, by the first cell of each line."""
     table.to_csv(place / "table.csv", index=False)
-    ran = subprocess.run(
-        [sys.executable, "-c", LINE, str(place / "table.csv")], cwd=BENCHMARKS, capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    lines = [line.strip("| ").split(" | ") for line in ran.stdout.splitlines() if line.startswith("| ")]
+    said = of_benchmarks(LINE, place / "table.csv")
+    lines = [line.strip("| ").split(" | ") for line in said if line.startswith("| ")]
     return {line[0]: line[1:] for line in lines}
 
 
@@ -68,10 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "ablation.py"), *map(str, arguments)],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return python(BENCHMARKS / "ablation.py", *arguments, folder=folder)
 
 
 def test_a_run_measures_what_is_missing_and_keeps_the_other_sections(folder: Path, tmp_path: Path) -> None:

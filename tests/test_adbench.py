@@ -1,29 +1,23 @@
 """The benchmark of one-class detection on tables: its splits, its statistics, and a run as a user runs it."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from programs import BENCHMARKS, of_benchmarks, python
 
 METHODS = ("--methods", "CVAE balanced", "kNN", "PCA")
-BENCHMARKS = Path(__file__).parents[1] / "pipelines" / "benchmarks"
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "adbench.py"), *map(str, arguments)],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return python(BENCHMARKS / "adbench.py", *arguments, folder=folder)
 
 
-def of_benchmarks(code: str) -> str:
+def said_by(code: str) -> str:
     """What a piece of code says that imports the program's own parts."""
-    ran = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    return ran.stdout.strip()
+    return "\n".join(of_benchmarks(code)).strip()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +85,7 @@ def test_finished_lines_are_not_measured_again(folder: Path, finished: Path) -> 
 def test_a_method_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     np.savez(tmp_path / "3_tiny.npz", X=np.random.default_rng(0).normal(size=(9, 2)), y=np.r_[np.zeros(6), np.ones(3)])
     ran = run(
-        tmp_path, "--methods", "kNN", "PCA", "--seeds", 0, "--results", "r.csv", "--output", "q.md", "--workers", 1,
+        tmp_path, "--methods", "kNN", "PCA", "--seeds", 0, "--results", "r.csv", "--output", "q.md", "--workers", 2,
         folder=tmp_path,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -113,7 +107,7 @@ def test_what_is_not_there_is_named(folder: Path, tmp_path: Path, arguments: lis
 
 
 def test_splits_share_no_row_and_hold_every_anomaly() -> None:
-    said = of_benchmarks("""
+    said = said_by("""
 import numpy as np
 from adbench import split
 X, y = np.arange(101.0)[:, None], np.r_[np.zeros(81), np.ones(20)]
@@ -125,7 +119,7 @@ print(len(train), len(test), is_anomaly.sum(), len(np.intersect1d(train, test)),
 
 
 def test_intervals_and_ranks_of_made_up_figures() -> None:
-    said = of_benchmarks("""
+    said = said_by("""
 import numpy as np, pandas as pd, ranking
 rows = [(d, m, s, v) for d, values in {"a": (.9, .8, .7), "b": (.6, .6, .5), "c": (.8, .9, .1)}.items()
         for m, v in zip(("CVAE", "kNN", "PCA"), values) for s in (0, 1)]
@@ -144,7 +138,7 @@ print(low[1] < low[0] < low[2])
 
 
 def test_only_methods_with_as_many_seeds_on_every_set_are_compared() -> None:
-    said = of_benchmarks("""
+    said = said_by("""
 import pandas as pd, ranking
 rows = [("a", "x", 0), ("b", "x", 0), ("a", "y", 0), ("a", "z", 0), ("a", "z", 1), ("b", "z", 0)]
 table = pd.DataFrame(rows, columns=["data", "method", "seed"])
@@ -158,7 +152,7 @@ def test_a_line_of_ours_with_other_parameters_is_measured_again(finished: Path) 
     assert (lines[lines["method"] == "kNN"]["parameters"] == "").all()
     stale = lines.assign(parameters=lines["parameters"].where(lines["method"] != "CVAE balanced", "00000000"))
     stale.to_csv(finished / "stale.csv", index=False)
-    found = of_benchmarks(f"""
+    found = said_by(f"""
 from pathlib import Path
 from adbench import load
 folder = Path({str(finished)!r})

@@ -1,31 +1,19 @@
 """The benchmark of detection given a condition: made-up rows, splits, peers, goals, and a run as a user runs it."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from programs import BENCHMARKS, of_benchmarks, python
 
-BENCHMARKS = Path(__file__).parents[1] / "pipelines" / "benchmarks"
 QUICK = ("--only", "AI4I", "C-MAPSS FD002", "correlations, wrong class", "--methods", "GMM(10)", "Gaussian contrast",
          "--seeds", "0", "1")  # fmt: skip
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "contextual.py"), *map(str, arguments)],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def of_benchmarks(code: str) -> list[str]:
-    """The lines that a piece of code prints that imports the program's own parts."""
-    ran = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
+    return python(BENCHMARKS / "contextual.py", *arguments, folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from programs import python
 from warm_program import write_client
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +102,12 @@ def follow(page: str, kind: str, text: str, place: Path, environment: dict[str, 
     if kind == "yaml":
         (place / "pumps.yaml").write_text(text, encoding="utf-8")
         return
-    command = ["bash", "-euc", text] if kind == "bash" else [sys.executable, "-c", text]
-    ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    if kind == "python":
+        few = re.sub(r'("?max_steps"?[:=] ?)\d+', rf"\g<1>{FEW_STEPS}", text)
+        ran = python("-c", few, folder=place, environment=environment)
+    else:
+        command = ["bash", "-euc", text]
+        ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{page}:\n{text}\n{ran.stdout}\n{ran.stderr}"
 
 

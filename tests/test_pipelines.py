@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from programs import PIPELINES, python
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,10 +49,7 @@ def test_demo_table_fits_a_terminal(demo):
 
 def run(script: str, *arguments: str, folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / script), *arguments],
-        cwd=folder, env={**environment, "COLUMNS": "80"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = python(PIPELINES / script, *arguments, folder=folder, environment={**environment, "COLUMNS": "80"})
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 

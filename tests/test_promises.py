@@ -1,29 +1,15 @@
 """The benchmarks of promises: rates, explanations and missing cells; their statistics, and runs as a user runs them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "pipelines" / "benchmarks"
-
-
-def of_benchmarks(code: str) -> list[str]:
-    """Lines that a piece of code says that imports the programs' own parts."""
-    ran = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.strip().splitlines()
+from programs import BENCHMARKS, of_benchmarks, python
 
 
 def run(program: str, *arguments: object, folder: Path) -> str:
-    ran = subprocess.run(
-        [sys.executable, str(BENCHMARKS / program), *map(str, arguments)],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = python(BENCHMARKS / program, *arguments, folder=folder)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -101,7 +87,7 @@ def test_spoiled_columns_are_found_by_those_who_know_the_others(folder: Path, tm
     page = (tmp_path / "q.md").read_text(encoding="utf-8")
     assert f"{first['z-score']:.3f}" in page
     assert "top-1 above the best peer (Gaussian given the others), all rows | >= 0.1 |" in page
-    assert len(pd.read_csv(tmp_path / "explanations.csv")) == 8 * 3
+    assert len(pd.read_csv(tmp_path / "explanations.csv")) == 9 * 3
 
 
 def test_cells_are_spoiled_as_asked_and_blamed_by_definition() -> None:

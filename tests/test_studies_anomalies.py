@@ -1,16 +1,13 @@
 """The studies on anomalous images, run as a user runs them, on small digits and for few steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import PIPELINES, python, wide
 from sklearn.datasets import load_digits
 
-ROOT = Path(__file__).parents[1]
 N_TEST = 200
 
 
@@ -32,12 +29,9 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def study(program: str, folder: Path, *arguments: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / program), "--output", str(folder), "--no-tracking",
-         *map(str, arguments)],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = python(
+        PIPELINES / program, "--output", folder, "--no-tracking", *arguments, folder=folder, environment=wide()
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -48,7 +42,7 @@ def figures(folder: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize("data", ["mnist", pytest.param("fashion_mnist", marks=pytest.mark.slow)])
 def test_one_class_images(sources, tmp_path, data):
     said = study("one_class_images.py", tmp_path, "--source", sources[0], "--steps", 100, "--data", data)
     found = figures(tmp_path)

@@ -1,16 +1,13 @@
 """The studies on digits, run as a user runs them, on small digits and for few steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import PIPELINES, python, wide
 from sklearn.datasets import load_digits
 
-ROOT = Path(__file__).parents[1]
 N_TEST = 120
 
 
@@ -26,12 +23,8 @@ def source(tmp_path_factory) -> Path:
 
 
 def study(program: str, source: Path, folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / program), "--source", str(source), "--output", str(folder),
-         "--no-tracking", *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    given = ("--source", source, "--output", folder, "--no-tracking", *arguments)
+    ran = python(PIPELINES / program, *given, folder=folder, environment=wide())
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -68,9 +61,6 @@ def test_semi_supervised(source, tmp_path):
 
 
 def test_a_missing_source_is_named(tmp_path):
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "completion.py"), "--source", str(tmp_path / "no.npz")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    ran = python(PIPELINES / "completion.py", "--source", tmp_path / "no.npz", folder=tmp_path)
     assert ran.returncode != 0
     assert "no.npz does not exist" in ran.stderr

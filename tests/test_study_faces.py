@@ -2,19 +2,16 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from programs import PIPELINES, python, wide
 
 from anomaly_cvae.datasets.faces import ATTRIBUTES
 
-ROOT = Path(__file__).parents[1]
 N, SIDE = 160, 16
 PICTURES = ("inferred", "reconstructions", "edits_vae_1", "edits_vae_gan_3", "interpolations", "samples")
 
@@ -39,12 +36,8 @@ def source(tmp_path_factory) -> Path:
 
 
 def test_faces(source, tmp_path):
-    ran = subprocess.run(
-        [sys.executable, str(ROOT / "pipelines" / "faces.py"), "--source", str(source), "--side", str(SIDE),
-         "--steps", "20", "--output", str(tmp_path), "--no-tracking"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    given = ("--source", source, "--side", SIDE, "--steps", 20, "--output", tmp_path, "--no-tracking")
+    ran = python(PIPELINES / "faces.py", *given, folder=tmp_path, environment=wide())
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert 0.0 <= found["inferred attributes, mean AUROC"]["value"] <= 1.0

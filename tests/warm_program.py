@@ -1,10 +1,10 @@
-"""`anomaly-cvae` from a process that has imported everything already: a page's thirty commands start in no time.
+"""`anomaly-cvae` and `python` from a process that has imported everything already: they start in no time.
 
     python warm_program.py SOCKET
 
-Each client sends its arguments, folder and environment, and its standard streams; a fork runs the program with these
-and answers with the exit code. Forking is safe here: with
-OMP_NUM_THREADS=1 no thread of torch has been started. One command at a time: none may wait for another.
+Each client sends the program's name, its arguments, folder and environment, and its standard streams; a fork runs the
+program with these and answers with the exit code. Forking is safe here: with OMP_NUM_THREADS=1 no thread of torch has
+been started. One command at a time: none may wait for another.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import runpy
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ CLIENT = r"""#!{python} -ISs
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-told = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+told = json.dumps([["anomaly-cvae", *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
 server.sendall(told)
 code = server.recv(1)
@@ -56,17 +57,34 @@ def of_program(folder: str, environment: dict[str, str], arguments: list[str]) -
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["anomaly-cvae", *arguments]
-    from anomaly_cvae import cli
-
+    program, *sys.argv = arguments
     try:
-        cli.main()
+        if program == "python":
+            as_python(sys.argv)
+        else:
+            from anomaly_cvae import cli
+
+            sys.argv = arguments
+            cli.main()
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         return 1
     return 0
+
+
+def as_python(arguments: list[str]) -> None:
+    """What the interpreter does with these: a script, or ``-c`` and code."""
+    is_code = arguments[0] == "-c"
+    sys.path[0] = "" if is_code else str(Path(arguments[0]).parent)
+    if is_code:
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def answer(client: socket.socket) -> None:

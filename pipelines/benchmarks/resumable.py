@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from anomaly_cvae import CVAEDetector
 
@@ -42,20 +45,32 @@ def run_all(
     say: Callable[[Sequence[Line]], str],
 ) -> None:
     """All tasks, several at a time, each written down when it is done; one that fails is named and left out."""
+    with contextlib.closing(_measured(work, tasks, workers)) as measured:
+        for done, (task, lines) in enumerate(measured, start=1):
+            try:
+                found = lines()
+            except Exception as fault:  # one method that fails on one set must not end a night's run
+                print(f"{task}: {type(fault).__name__}: {fault}", flush=True)
+                continue
+            keep(found, results)
+            print(f"[{done}/{len(tasks)}] {task}: {say(found)}", flush=True)
+
+
+def _measured(
+    work: Callable[[Task], Sequence[Line]], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[Task, Callable[[], Sequence[Line]]]]:
+    """Each task when it is done, and what gives its lines or raises its fault; one at a time in this process."""
+    if workers == 1:
+        with threadpool_limits(1):
+            one_thread()
+            yield from ((task, partial(work, task)) for task in tasks)
+        return
     # Libraries that count threads read this when a worker starts.
     os.environ.update(dict.fromkeys(THREADS, "1"))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread) as pool:
         waiting = {pool.submit(work, task): task for task in tasks}
-        for done, future in enumerate(as_completed(waiting), start=1):
-            task = waiting[future]
-            try:
-                lines = future.result()
-            except Exception as fault:  # one method that fails on one set must not end a night's run
-                print(f"{task}: {type(fault).__name__}: {fault}", flush=True)
-                continue
-            keep(lines, results)
-            print(f"[{done}/{len(tasks)}] {task}: {say(lines)}", flush=True)
+        yield from ((waiting[future], future.result) for future in as_completed(waiting))
 
 
 def keep(lines: Sequence[Line], results: Path) -> None:
