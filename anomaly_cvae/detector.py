@@ -42,6 +42,7 @@ from anomaly_cvae.row_stream import BYTES_PER_CELL, FIT_MEMORY_BYTES, LEAST_SAMP
 from anomaly_cvae.schema import (
     Name,
     Schema,
+    is_row_number,
 )
 from anomaly_cvae.settings import fit_settings
 from anomaly_cvae.training import Training
@@ -303,6 +304,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         self.schema_, likelihoods = self._schema_of(features, frame, stream)
         if self.checkpoint is not None:
             checkpoints.check_place(Path(self.checkpoint))
+        self._warn_of_row_numbers(frame if stream is None else stream.sample.seen)
         settings, random_state = fit_settings(self, self.schema_), random_state or check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
             fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter, stream)
@@ -317,6 +319,18 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
                 stacklevel=2,
             )
         return self
+
+    def _warn_of_row_numbers(self, frame: pd.DataFrame) -> None:
+        asked = self.column_kinds or {}
+        columns = [c.name for c in self.schema_.columns if c.kind in ("real", "count") and c.name not in asked]
+        numbers = [name for name in columns if is_row_number(frame[name], name)]
+        if numbers:
+            warnings.warn(
+                f"{', '.join(map(repr, numbers))}: whole numbers without a repeat, as row numbers are. New rows have "
+                "new ones, which makes them unusual: leave them out (ignore_columns, --ignore); a time can be a "
+                "continuous condition; or say what they are (column_kinds, --kind)",
+                stacklevel=4,
+            )
 
     def _schema_of(
         self, features: pd.DataFrame, frame: pd.DataFrame, stream: RowStream | None
@@ -440,8 +454,9 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         """Everything that a scored row carries, in one pass: one line per row of X.
 
         Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
-        ``is_anomaly``; on request ``contrast`` (nats), and of flagged rows ``top_column``, the one most to blame,
-        and ``top_nats``, by how much the negative ELBO would fall if that cell were what the rest lets expect.
+        ``is_anomaly``; on request ``contrast`` (nats), and of rows above their threshold ``top_column``, the one most
+        to blame, and ``top_nats``, by how much the negative ELBO would fall if that cell were what the rest lets
+        expect. Both are missing where no cell alone is to blame.
         """
         encoded = self._encode(X, condition)
         kind: ScoreKind = self._kind()
@@ -463,10 +478,13 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         if contrast:
             table["contrast"] = scores["contrast"]
         if top_column:
-            flagged = np.flatnonzero(decisions < 0)
-            top, gains = explain.to_blame(self.model_, encoded.take(flagged), 1)
+            # A class that training did not see is flagged as such, whatever its cells.
+            above = np.flatnonzero((decisions < 0) & (scores[kind] > thresholds))
+            top, gains = explain.to_blame(self.model_, encoded.take(above), 1)
             columns, nats = np.full(len(table), None, dtype=object), np.full(len(table), np.nan)
-            columns[flagged], nats[flagged] = np.array(self.schema_.names, dtype=object)[top[:, 0]], gains[:, 0]
+            for row, column, saved in zip(above, top[:, 0], gains[:, 0], strict=True):
+                if saved > 0:
+                    columns[row], nats[row] = self.schema_.names[column], saved
             table["top_column"], table["top_nats"] = columns, nats
         return table
 
@@ -493,8 +511,8 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
 
         ``"sum"`` takes the negative ELBO apart, (N, D + 1): nats of each column and of the KL, which sum to it.
         ``"repair"``, (N, D), asks which cell is wrong: the nats by which the negative ELBO falls if the cell becomes
-        what the rest of its row lets expect. It has no unit, sums to nothing, and costs 2 D passes; a missing cell
-        has 0. It ranks a wrong cell first more often (docs/benchmarks/quality.md).
+        what the rest of its row lets expect; an image becomes a drawn one. It has no unit, sums to nothing, and costs
+        2 D passes; a missing cell has 0. It ranks a wrong cell first more often (docs/benchmarks/quality.md).
 
         Raises
         ------
@@ -516,8 +534,9 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         """The ``n`` columns of each row that are most to blame: value observed, value and 90 % range expected.
 
         Ranked by ``repair_nats``: by how much the negative ELBO would fall if this cell alone were what the rest of
-        the row lets expect, ``expected``. ``nats`` is the column's share of the negative ELBO. Of many columns, the
-        eight that cost most above what they cost a normal row are asked (``n``, if that is more).
+        the row lets expect, ``expected`` (of an image: one drawn of what it lets expect). ``nats`` is the column's
+        share of the negative ELBO. Of many columns, the eight that cost most above what they cost a normal row are
+        asked (``n``, if that is more).
         """
         encoded, frame = self._encode(X, condition), self._frame(X, condition)
         n = min(n, len(self.schema_.columns))
@@ -540,14 +559,15 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         """Which columns drive the alarms among the rows of X: one line per class with alarms and column.
 
         ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the one most to blame, as
-        `top_columns` says, and ``repair_nats`` is the mean over these of what mending it would save.
+        `top_columns` says, and ``repair_nats`` is the mean over these of what mending it would save. "(new class)"
+        stands for rows flagged for their class alone, "(no cell alone)" for those that no column's mending helps.
         """
         encoded = self._encode(X, condition)
-        decisions = self._decisions(encoded, self.model_.scores(encoded, self._kind()))
-        flagged = np.flatnonzero(decisions < 0)
+        scores, thresholds = self.model_.scores(encoded, self._kind()), self._thresholds(encoded)
+        flagged = np.flatnonzero(self._decisions(encoded, scores, thresholds) < 0)
         names = np.array([*self.schema_.class_names, UNKNOWN_CLASS], dtype=object)
-        alarms = encoded.take(flagged)
-        return explain.alarm_columns(self.model_, alarms, names[self.model_.groups(alarms)])
+        alarms, above = encoded.take(flagged), (scores > thresholds)[flagged]
+        return explain.alarm_columns(self.model_, alarms, names[self.model_.groups(alarms)], above)
 
     def explain_pixels(self, X: Any, *, condition: Any = None, column: Name | None = None) -> FloatArray:
         """Nats of every pixel of an image column, (N, …) like the images, colours added up: a heat map.

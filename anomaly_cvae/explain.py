@@ -21,6 +21,8 @@ ALARM_COLUMNS = ["class", "column", "alarms", "top", "repair_nats"]
 CANDIDATES = 8
 """Columns of a row that are asked what mending them would save, those of most excess nats: as good as asking all, and
 its cost does not grow with the table (docs/benchmarks/quality.md)."""
+NEW_CLASS, NO_CELL = "(new class)", "(no cell alone)"
+"""Why a row is flagged for which no column is to blame."""
 INTERVAL_DRAWS = 100
 ROWS_PER_BLOCK = 200
 ROWS_PER_REPAIR = 10_000
@@ -111,8 +113,11 @@ def _mended(model: FittedModel, encoded: Encoded, hidden: BoolArray) -> FloatArr
     values = _expected(model, encoded, hidden)
     pixels = np.repeat([bool(fitted.shape) for fitted in model.encoder.columns], model.encoder.widths)
     if (hidden & pixels).any():
-        drawn = model.engine.draw(encoded.hide(hidden), 1, model.engine.generator(0))[0]
-        values = np.where(pixels, drawn, values)
+        unseen = encoded.hide(hidden)
+        # Row by row: what is drawn must not depend on the rows beside it.
+        for row in np.flatnonzero((hidden & pixels).any(axis=1)):
+            drawn = model.engine.draw(unseen.take(np.array([row])), 1, model.engine.generator(0))[0, 0]
+            values[row] = np.where(pixels, drawn, values[row])
     return values
 
 
@@ -134,11 +139,19 @@ def _blocks(n_rows: int, size: int) -> list[IntArray]:
     return np.split(np.arange(n_rows), range(size, n_rows, size)) if n_rows else []
 
 
-def alarm_columns(model: FittedModel, encoded: Encoded, classes: npt.NDArray[np.object_]) -> pd.DataFrame:
-    """Per class (N,) and column that is most to blame for some of its rows: how many, and what mending it saves."""
+def alarm_columns(
+    model: FittedModel, encoded: Encoded, classes: npt.NDArray[np.object_], above: BoolArray
+) -> pd.DataFrame:
+    """Per class (N,) and column that is most to blame for some of its rows: how many, and what mending it saves.
+
+    Rows that are not ``above`` their threshold, (N,), are flagged for their class alone.
+    """
     names = np.array([str(name) for name in model.encoder.schema.names], dtype=object)
     top, gains = to_blame(model, encoded, 1)
-    blamed = pd.DataFrame({"class": classes, "column": names[top[:, 0]], "repair_nats": gains[:, 0]})
+    columns = np.where(above, np.where(gains[:, 0] > 0, names[top[:, 0]], NO_CELL), NEW_CLASS)
+    blamed = pd.DataFrame(
+        {"class": classes, "column": columns, "repair_nats": np.where(above, np.maximum(gains[:, 0], 0.0), 0.0)}
+    )
     return ordered_alarms(
         blamed.groupby(["class", "column"], as_index=False)
         .agg(top=("repair_nats", "size"), repair_nats=("repair_nats", "mean"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +21,6 @@ from anomaly_cvae.schema import (
     as_attributes,
     infer_column,
     infer_condition,
-    is_row_number,
     observed_classes,
 )
 
@@ -132,15 +130,6 @@ def _infer_columns(frame: pd.DataFrame, names: Sequence[Name], kinds: Mapping[Na
             faults.append(fault)
     if len(faults) == 1:
         raise faults[0]
-    numbers = [column.name for column in columns if column.name not in kinds and column.kind in ("real", "count")]
-    numbers = [name for name in numbers if is_row_number(frame[name], name)]
-    if numbers and not faults:
-        warnings.warn(
-            f"{', '.join(map(repr, numbers))}: whole numbers that run on without a gap or a repeat, as row numbers do. "
-            "New rows have new ones, which makes them unusual: leave them out (ignore_columns, --ignore), or say "
-            "what they are (column_kinds, --kind)",
-            stacklevel=2,
-        )
     if faults:
         shown = "\n".join(f"- {fault}" for fault in faults[:MOST_FAULTS])
         more = f"\n- and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""

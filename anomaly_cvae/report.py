@@ -394,8 +394,10 @@ class Report:
                 cells = (cell(c["observed"]), cell(c["expected"]), between, nats(c["repair_nats"]), nats(c["nats"]))
                 table.add_row(plain_text(str(c["column"])), *cells)
             self._show(title, table)
-            other = row.get("most_normal_as")
-            if other is not None and str(other) != str(row["condition"]):
+            other, is_known = row.get("most_normal_as"), row["condition"] in model.detector.schema_.class_names
+            if row["is_anomaly"] and row["score"] <= row["threshold"]:
+                self.shown.print("flagged for its class, which training did not see\n")
+            if is_known and other is not None and str(other) != str(row["condition"]):
                 self.shown.print(
                     f"as [bold]{plain_text(str(other))}[/bold] it would be less surprising: "
                     f"{row['negative_elbo'] - row['nats_there']:.2f} nats fewer\n"

@@ -21,7 +21,9 @@ MAX_LEVELS = 1_000
 """A text column with more distinct values than this is taken for free text or an identifier."""
 CONSTANT = "constant"
 LEAST_ROW_NUMBERS = 50
-"""Fewer whole numbers in a row may be one by chance."""
+"""Fewer whole numbers may differ by chance."""
+MOST_SPREAD_OF_ROW_NUMBERS = 2
+"""Times their number: part of a table's rows may have gone elsewhere."""
 MAX_NUMERIC_CLASSES = 50
 """A numeric condition with more distinct values than this is taken for a continuous one."""
 MAX_CLASSES = 1_000
@@ -233,11 +235,8 @@ def _infer_kind(cells: pd.Series, name: Name, content: CellType) -> tuple[Kind, 
         if present.min() == present.max():
             return "real", CONSTANT
         return "binary", "only 0 and 1"
-    # A gap makes numpy keep whole numbers as floats.
-    has_gaps = len(present) < len(values) and bool((present == np.round(present)).all())
-    if content == "integer" or has_gaps:
-        kind, reason = _infer_whole(present)
-        return kind, f"{reason}, some missing" if has_gaps and reason != CONSTANT else reason
+    if content == "integer":
+        return _infer_whole(present)
     return "real", CONSTANT if present.min() == present.max() else "floating-point numbers"
 
 
@@ -266,11 +265,12 @@ def _infer_whole(present: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[Kind, 
 
 
 def is_row_number(cells: pd.Series, name: Name) -> bool:
-    """Whether cells are whole numbers that run on without a gap or a repeat, as the numbers of rows do."""
+    """Whether cells are whole numbers without a repeat, most of those between the least and the largest, as of rows."""
     if len(cells) < LEAST_ROW_NUMBERS or cell_type(cells, name) != "integer" or cells.isna().any():
         return False
     values = numeric_cells(cells, name)
-    return bool(values.max() - values.min() == len(values) - 1 and len(np.unique(values)) == len(values))
+    is_dense = values.max() - values.min() < MOST_SPREAD_OF_ROW_NUMBERS * len(values)
+    return bool(is_dense and len(np.unique(values)) == len(values))
 
 
 def infer_condition(cells: pd.Series, name: Name, asked: str | None = None, may_miss: bool = False) -> Condition:

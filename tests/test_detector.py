@@ -249,6 +249,29 @@ def test_only_flagged_rows_carry_the_column_to_blame(detector, table):
     assert detector.score_table(table.head(0), top_column=True).columns[-1] == "top_nats"
 
 
+def test_a_row_flagged_for_its_class_alone_blames_no_column(detector, table):
+    policy = clone_of(detector).set_params(unseen_class="anomaly")
+    ordinary = table.head(6).assign(type="oven")
+    strange = table.iloc[6:9].assign(type="oven", load=60.0)
+    both = pd.concat([ordinary, strange])
+    scored = policy.score_table(both, top_column=True)
+    assert scored["is_anomaly"].all()
+    assert (scored["score"] <= scored["threshold"]).tolist() == [True] * 6 + [False] * 3
+    assert scored["top_column"].isna().tolist() == [True] * 6 + [False] * 3
+    assert scored["top_nats"].notna().equals(scored["top_column"].notna())
+    alarms = policy.alarm_columns(both).set_index("column")["top"].to_dict()
+    assert alarms == {"(new class)": 6, "load": 3}
+
+
+def test_the_column_to_blame_may_have_a_tuple_for_a_name():
+    names = pd.Index([("a", 1), ("a", 2), ("b", 1)], tupleize_cols=False)
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(300, 3)), columns=names)
+    fitted = CVAEDetector(**TINY).fit(frame)
+    strange = frame.head(2).copy()
+    strange.iloc[:, 1] = 50.0
+    assert fitted.score_table(strange, top_column=True)["top_column"].tolist() == [("a", 2)] * 2
+
+
 def test_cells_that_do_not_go_together_are_blamed_each_by_what_the_other_lets_expect():
     rng = np.random.default_rng(0)
     x = rng.normal(size=3000)

@@ -62,6 +62,7 @@ def test_alarms_of_unknown_classes_are_grouped(detector, table):
     alarms = policy.alarm_columns(table.head(10).assign(kind=[f"new {i}" for i in range(10)]))
     assert set(alarms["class"]) == {"(unknown class)"}
     assert (alarms["alarms"] == 10).all()
+    assert set(alarms["column"]) <= {"(new class)", "heat", "load"}
 
 
 def test_infer_schema_is_what_fit_takes_and_leaves_no_trace(detector, table):

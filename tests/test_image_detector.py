@@ -267,6 +267,14 @@ def test_the_column_to_blame_is_named(mixed: CVAEDetector) -> None:
     assert list(ranked["column"][[1, 2]]) == ["weight", "picture"]
 
 
+def test_what_mending_an_image_saves_does_not_depend_on_the_rows_beside_it(mixed: CVAEDetector) -> None:
+    new = table(seed=1).iloc[:6].reset_index(drop=True)
+    together = mixed.explain(new, method="repair")
+    alone = pd.concat([mixed.explain(new.iloc[[i]], method="repair") for i in range(6)])
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-3)
+    assert (together["picture"].abs() > 0).all()
+
+
 def test_which_column_of_images_has_to_be_said_where_there_are_two() -> None:
     frame = pd.DataFrame({"left": as_cells(IMAGES[:40]), "right": as_cells(IMAGES[40:80, :6])})
     detector = CVAEDetector(**{**QUICK, "max_steps": 2}).fit(frame)

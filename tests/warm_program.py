@@ -54,11 +54,11 @@ def run(streams: list[int], arguments: list[str], folder: str, environment: dict
 
 def of_program(folder: str, environment: dict[str, str], arguments: list[str]) -> int:
     """Exit code of one command."""
-    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     program, *sys.argv = arguments
     try:
+        os.chdir(folder)
         if program == "python":
             as_python(sys.argv)
         else:
@@ -77,7 +77,8 @@ def of_program(folder: str, environment: dict[str, str], arguments: list[str]) -
 
 
 def as_python(arguments: list[str]) -> None:
-    """What the interpreter does with these: a script, or ``-c`` and code."""
+    """What the interpreter does with these: a script, or ``-c`` and code; but for what waits for its end."""
+    assert arguments[0] == "-c" or not arguments[0].startswith("-"), arguments[0]
     is_code = arguments[0] == "-c"
     sys.path[0] = "" if is_code else str(Path(arguments[0]).parent)
     if is_code:

@@ -66,10 +66,15 @@ def recalibrate_model(
     if config is None:
         detector.recalibrate(false_alarm_rate=false_alarm_rate)
     else:
+        is_of_training = bundle.provenance(model.folder).get("data_sha256") == digest(config.data)
+        if is_of_training:
+            warnings.warn(
+                "these are the rows that the model was trained on: thresholds from them promise nothing", stacklevel=2
+            )
         normals = _normals(model, config)
         reader = model.reader  # another layout, perhaps, which is not to be saved
         changed = reader.recalibrate(normals, false_alarm_rate=false_alarm_rate).model_
-        if changed.calibration is not None and _is_of_training(model, config):
+        if changed.calibration is not None and is_of_training:
             changed = replace(changed, calibration=replace(changed.calibration, rows=OF_TRAINING))
         detector.model_ = changed
     folder = Path(output) if output is not None else model.folder
@@ -89,10 +94,6 @@ def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
     """The rows of a table that are not labelled as anomalies; by the label of the training, unless another is named."""
     frame = read_for(model, config)
     rows = model_columns(model.reader, frame)
-    if _is_of_training(model, config):
-        warnings.warn(
-            "these are the rows that the model was trained on: thresholds from them promise nothing", stacklevel=2
-        )
     known = with_known_label(config, model.folder)
     if known.label is None or (config.label is None and known.label not in frame.columns):
         return rows
@@ -105,10 +106,6 @@ def _normals(model: OpenModel, config: TableConfig) -> pd.DataFrame:
         raise DataError(f"no row is labelled normal ({labels.rule})")
     warnings.warn(f"{labels.count(ANOMALY):,} rows are left out as anomalies: {labels.rule}", stacklevel=2)
     return normals
-
-
-def _is_of_training(model: OpenModel, config: TableConfig) -> bool:
-    return bool(bundle.provenance(model.folder).get("data_sha256") == digest(config.data))
 
 
 def _log(
