@@ -46,7 +46,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "KL weights 1 and .05": {"kl_weight": (1.0, 0.05)},
     "four networks": {"n_estimators": 4},
     "prior N(0, I)": {"prior": "standard"},
-    "learned prior": {"prior": "learned"},
     "VampPrior": {"prior": "vamp"},
     "no hidden cells": {"mask_rate": 0.0},
     "cells hidden in half of the rows": {"mask_rate": 0.5},
