@@ -183,7 +183,7 @@ class Report:
             self._evaluation("on rows that it has not seen", trained.evaluated.evaluation, detector.thresholds_)
         else:
             self._thresholds(detector.thresholds_)
-        self._alarm_columns(trained.explanation.alarm_columns)
+        self._alarm_columns(trained.explanation)
         self._warn_of_empty_promises(detector.thresholds_)
         self.left_out(trained.plan.faults)
         model = plain_text(str(config.folder))
@@ -213,7 +213,7 @@ class Report:
         self.result |= {"model": model.name, "run_id": evaluated.run_id, "label": evaluated.label_rule}
         title = f"{plain_text(model.name)}, where {plain_text(evaluated.label_rule)}"
         self._evaluation(title, evaluated.evaluation, model.detector.thresholds_)
-        self._alarm_columns(evaluated.explanation.alarm_columns)
+        self._alarm_columns(evaluated.explanation)
         if evaluated.run_id:
             self.shown.print(f"run     [bold]runs:/{evaluated.run_id}[/bold]")
         self._tracking_error(evaluated.tracking_error, "the figures above stand")
@@ -264,7 +264,8 @@ class Report:
         if said:
             self.shown.print(f"guarantee {plain_text('; '.join(said))}\n")
 
-    def _alarm_columns(self, alarm_columns: pd.DataFrame) -> None:
+    def _alarm_columns(self, explanation: Explanation) -> None:
+        alarm_columns = explanation.alarm_columns
         self.result["alarm_columns"] = records(alarm_columns)
         if not len(alarm_columns):
             return
@@ -274,7 +275,9 @@ class Report:
             alarms = int(own["alarms"].iloc[0])
             top = ", ".join(f"{row['column']} {row['top'] / alarms:.0%}" for row in records(own.head(4)))
             table.add_row(plain_text(str(name)), f"{alarms:,}", plain_text(top))
-        self._show("what drives the alarms: the column most to blame in each", table)
+        asked = int(alarm_columns["top"].sum())
+        first = f", of the first {asked:,}" if asked < explanation.n_alarms else ""
+        self._show(f"what drives the alarms: the column most to blame in each{first}", table)
         self._more_classes(alarm_columns["class"].nunique())
 
     def _tracking_error(self, error: str, kept: str) -> None:
@@ -402,7 +405,7 @@ class Report:
                     f"as [bold]{plain_text(str(other))}[/bold] it would be less surprising: "
                     f"{row['negative_elbo'] - row['nats_there']:.2f} nats fewer\n"
                 )
-        self._alarm_columns(explanation.alarm_columns)
+        self._alarm_columns(explanation)
         self.left_out(explanation.faults)
 
     def generated(self, rows: pd.DataFrame, *, shown: bool) -> None:

@@ -29,6 +29,7 @@ from anomaly_cvae.jobs import (
     train,
 )
 from anomaly_cvae.jobs.thresholds import Recalibrated
+from anomaly_cvae.report import Report
 
 TINY: dict[str, Any] = {"max_steps": 60, "hidden_dims": [16], "n_estimators": 1, "device": "cpu"}
 N, ANOMALIES = 400, 20
@@ -575,6 +576,22 @@ def test_row_numbers_count_through_all_files(saved: str, written, table: pd.Data
         map(tuple, many.alarm_columns[["class", "column", "alarms", "top"]].to_numpy())
     )
     assert (table.loc[many.rows["row"], "failed"] == 1).all()
+
+
+def test_what_drives_the_alarms_is_asked_of_so_many_rows_in_all(
+    saved: str, written, table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("anomaly_cvae.jobs.explanation.MOST_FOR_ALARM_COLUMNS", 7)
+    last = table.tail(ANOMALIES)
+    parts = [written(last.iloc[:5], "p1.csv"), written(last.iloc[5:10], "p2.csv"), written(last.iloc[10:], "p3.csv")]
+    model = open_model(saved, device="cpu")
+    found = explain_tables(model, parts)
+    assert found.n_alarms > 10
+    assert found.alarm_columns["top"].sum() == 7
+    assert explain_rows(model.detector, last, model.detector.score_table(last)).alarm_columns["top"].sum() == 7
+    with Report() as report:
+        report.explained(found, model)
+    assert "most to blame in each, of the first 7" in " ".join(capsys.readouterr().out.split())
 
 
 def test_rows_asked_for_by_number_are_explained_and_no_others(saved: str, written, table: pd.DataFrame) -> None:

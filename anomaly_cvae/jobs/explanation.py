@@ -24,8 +24,8 @@ IMAGE_CELL = "(image)"
 """What stands for an image where cells are read as text."""
 MOST_ROWS = 20
 TOP_COLUMNS = 3
-MOST_FOR_ALARM_COLUMNS = 20_000
-"""Flagged rows of one table that are taken apart to find what drives the alarms."""
+MOST_FOR_ALARM_COLUMNS, MOST_IMAGES_FOR_ALARM_COLUMNS = 20_000, 1_000
+"""Flagged rows, the first ones, of which it is asked what drives the alarms: a row costs some twenty passes."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Explanation:
     ``rows``: one line per row: ``row`` (its number or index), ``condition``, ``negative_elbo``, ``score``,
     ``threshold``, ``p_value``, ``is_anomaly``, ``most_normal_as`` (the class under which it is least
     surprising) and ``nats_there``. ``columns``: for each of these rows its top columns, as
-    `CVAEDetector.top_columns` gives them, images in a word. ``alarm_columns``: as `CVAEDetector.alarm_columns`.
+    `CVAEDetector.top_columns` gives them, images in a word. ``alarm_columns``: as `CVAEDetector.alarm_columns`,
+    of the first `most_alarms` flagged rows.
     ``frame``: the rows themselves. ``faults`` maps pictures that could not be used to what is wrong with them.
     """
 
@@ -99,12 +100,17 @@ def explain_rows(
     frame, scored = frame.reset_index(drop=True), scored.reset_index(drop=True)
     top = most_surprising(scored, n_rows)
     flagged = np.flatnonzero(scored["is_anomaly"].to_numpy())
-    alarms = detector.alarm_columns(frame.iloc[flagged[:MOST_FOR_ALARM_COLUMNS]])
+    alarms = detector.alarm_columns(frame.iloc[flagged[: most_alarms(detector)]])
     rows, columns = describe(detector, frame.loc[top.index], top, n_columns)
     if is_anomaly is not None:
         rows["labelled"] = np.where(is_anomaly[rows["row"]], "anomaly", "normal")
     rows["row"], columns["row"] = names[rows["row"]], names[columns["row"]]
     return Explanation(rows, columns, alarms, len(frame), len(flagged), frame.loc[top.index])
+
+
+def most_alarms(detector: CVAEDetector) -> int:
+    """Flagged rows of which it is asked what drives the alarms."""
+    return MOST_IMAGES_FOR_ALARM_COLUMNS if detector.schema_.images else MOST_FOR_ALARM_COLUMNS
 
 
 def describe(
@@ -157,8 +163,8 @@ def explain_tables(
             first += len(frame)
             scored = detector.score_table(frame)
             flagged = frame[scored["is_anomaly"].to_numpy()]
+            alarms.append(detector.alarm_columns(flagged.head(max(most_alarms(detector) - n_alarms, 0))))
             n_alarms += len(flagged)
-            alarms.append(detector.alarm_columns(flagged))
             chosen = scored.loc[scored.index.isin(asked)] if asked else most_surprising(scored, n_rows)
             kept.append((frame.loc[chosen.index], chosen))
             if not asked:
