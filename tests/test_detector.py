@@ -301,6 +301,8 @@ def test_top_columns_of_a_wide_table_ask_those_that_cost_most_or_as_many_as_are_
     strange = frame.head(5).assign(c10=9.0, c3=np.nan)
     first, all_of_them = fitted.top_columns(strange, n=2), fitted.top_columns(strange, n=12)
     assert (first.loc[first["rank"] == 1, "column"] == "c10").all()
+    assert (first.loc[first["rank"] == 1, "observed"] == 9.0).all()
+    assert (first.loc[first["rank"] == 1, "expected"].abs() < 1.0).all()
     assert len(all_of_them) == 60
     gains = fitted.explain(strange, method="repair").to_numpy()
     for row, own in all_of_them.groupby("row"):
