@@ -24,7 +24,7 @@ def write(path: Path, table: pd.DataFrame) -> None:
     per_set = table.groupby(["data", "method", "spoiled"], as_index=False)[["found", "flagged_found"]].mean()
     others = per_set[~per_set["data"].isin(TUNED)]
     lines = [page.measured_on(COMMAND), "", introduction(table), ""]
-    for title, own in (("Sets that no choice was made on", others), ("All sets", per_set)):
+    for title, own in (("Sets that chose nothing but that eight columns are enough", others), ("All sets", per_set)):
         if not own.empty:
             lines += [f"{title} ({own['data'].nunique()}):", "", *summary(own)]
     if not others.empty:
