@@ -58,7 +58,7 @@ def test_the_page_has_the_means_and_the_csv_every_line(finished: Path) -> None:
     assert f"| Gaussian contrast | given the class | contrast | **{line['roc_auc'].mean():.4f}**" in page
     assert page.startswith("# Quality")
     assert "## Tables and images with a condition" in page
-    assert "(f)" not in page
+    assert "### (f)" not in page
     kept = pd.read_csv(finished / "contextual.csv")
     assert len(kept) == len(table)
 
