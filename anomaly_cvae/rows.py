@@ -79,13 +79,14 @@ class DeviceRows:
 
     def batch(self, rows: Tensor) -> Batch:
         """Rows (M, B) of each member."""
-        return Batch(
-            values=self.values[rows],
-            observed=None if self.observed is None else self.observed[rows],
-            condition=None if self.condition is None else self.condition[rows],
-            log_scale=None if self.log_scale is None else self.log_scale[rows],
-            class_index=None if self.class_index is None else self.class_index[rows],
-        )
+        flat = rows.flatten()
+
+        def of(part: Tensor | None) -> Tensor | None:
+            # Copies whole rows, where indexing would work out the place of every number.
+            return None if part is None else part.index_select(0, flat).reshape(*rows.shape, *part.shape[1:])
+
+        parts = {field.name: of(getattr(self, field.name)) for field in fields(self)}
+        return Batch(**parts)  # type: ignore[arg-type]  # values are never None
 
     def replace(self, places: IntArray, other: DeviceRows, rows: IntArray) -> None:
         """Put ``rows`` of another table in the ``places`` of this one, in place."""

@@ -23,6 +23,7 @@ from anomaly_cvae.masks import MaskShapes, hidden_cells
 from anomaly_cvae.model import CVAE
 from anomaly_cvae.networks import full_float32, has_bfloat16
 from anomaly_cvae.objectives import BoundObjective, Draws, Objective, Weight
+from anomaly_cvae.optimizers import AdamW
 from anomaly_cvae.rows import Batch, DeviceRows
 
 LEARNING_RATE_WARMUP = 0.05
@@ -180,7 +181,7 @@ class _Loop:
         if steps_are_alike:
             self.rate, self.kl = _dials(device)
         # The fused step exists for CPU and CUDA; one kernel for all parameters.
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             self.parameters,
             lr=self.rate,
             weight_decay=settings.weight_decay,

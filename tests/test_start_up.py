@@ -72,3 +72,18 @@ scores = detector.score_samples(pd.DataFrame({{"a": [0.1], "b": [0.2], "c": [0.3
 assert scores.shape == (1,)
 """
     assert imported(code, *COMPILER, *OPTIONAL) == set()
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [("normal(size=(60, 3))", ""), ("random(size=(40, 8, 8))", "objective='vae_gan', channels=(4,)")],
+)
+def test_fitting_imports_no_compiler(x, options):
+    """torch's optimisers bring it on their first step, which takes more than a second."""
+    code = f"""
+import numpy as np
+from anomaly_cvae import CVAEDetector
+x = np.random.default_rng(0).{x}
+CVAEDetector(max_steps=3, hidden_dims=(8,), random_state=0, {options}).fit(x)
+"""
+    assert imported(code, "torch._dynamo", *COMPILER) == set()

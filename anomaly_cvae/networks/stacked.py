@@ -20,7 +20,7 @@ class StackedLinear(nn.Module):
     """One affine map per member, shifted by the condition: x W + c V + b.
 
     Shapes: x (M or 1, R, in), c (M or 1, N or 1, C), result (M, R, out). R is N or S * N: a condition of
-    N rows is repeated for every sample.
+    N rows is repeated for every sample. For one member, rows (R, in) become (R, out): matrices have quicker products.
     """
 
     def __init__(self, n_members: int, n_in: int, n_out: int, n_conditions: int, generator: torch.Generator) -> None:
@@ -35,15 +35,12 @@ class StackedLinear(nn.Module):
         self._halved: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
-        """Map rows (M, R, in) to (M, R, out) with the chosen members' weights."""
-        weight, shift = _of(self.weight, members), self.shift(condition, members)
-        n_rows = x.shape[-2]
-        if shift.shape[1] not in (1, n_rows):
-            shift = shift.repeat(1, n_rows // shift.shape[1], 1)
-        if len(weight) == 1:
-            out = torch.addmm(shift.squeeze(0), x.squeeze(0), weight.squeeze(0)).unsqueeze(0)
-        else:
-            out = torch.baddbmm(shift, x.expand(len(weight), -1, -1), weight)
+        """Map rows with the chosen members' weights."""
+        each = condition is not None and condition.shape[1] > 1
+        out = _affine(x, _of(self.weight, members), self.shift(None if each else condition, members))
+        if each and condition is not None and self.condition_weight is not None:
+            # A product of its own, in place: an array of shifts would be written and read as one of outputs.
+            out = _add_product(out, _repeated(condition, x.shape[-2]), _of(self.condition_weight, members))
         return torch.relu_(out) if relu else out
 
     def shift(self, condition: Tensor | None, members: slice = ALL) -> Tensor:
@@ -95,14 +92,15 @@ class StackedMLP(nn.Module):
         """Map rows (M or 1, R, in) to (M, R, out)."""
         if can_fuse(x, condition, len(self._of_first(members))):
             return self._fused(x, condition, members)
-        hidden = x
+        one = len(self._of_first(members)) == 1
+        rows = hidden = x.squeeze(0) if one else x
         for layer in self.layers[:-1]:
             hidden = layer(hidden, condition, members, relu=True)
         out: Tensor = self.layers[-1](hidden, condition, members)
         skip = self._skip(condition, members)
-        if skip is not None:
-            x = x.expand(len(skip), -1, -1)
-            out = out.baddbmm_(x, skip) if out.dtype == x.dtype == skip.dtype else torch.baddbmm(out, x, skip)
+        out = out if skip is None else _add_product(out, rows, skip)
+        # A view comes last: of what is changed in place, it would make gradients copies of the whole.
+        out = out.unsqueeze(0) if one else out
         if self.paths is not None and condition is not None and condition.shape[1] > 1:
             out = out + _by_row(x, condition, _of(self.paths, members))
         # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
@@ -132,12 +130,33 @@ class StackedMLP(nn.Module):
         return network(x, weights, shifts, skip, inner)
 
 
+def _repeated(of_rows: Tensor, n_rows: int) -> Tensor:
+    """What N rows have, (M or 1, N, …), for S samples of each: (M or 1, S * N, …); what all share, as it is."""
+    return of_rows if of_rows.shape[1] in (1, n_rows) else of_rows.repeat(1, n_rows // of_rows.shape[1], 1)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W + b, (M, R, out); (R, out) of rows (R, in) of one member."""
+    if x.dim() == 2:
+        return torch.addmm(bias.squeeze(0), x, weight.squeeze(0))
+    return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
+
+
+def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """The same with ``out`` for a bias, in place where all are of one type: in place, nothing is cast."""
+    alike = out.dtype == x.dtype == weight.dtype
+    if out.dim() == 2:
+        x, weight = x.reshape(x.shape[-2:]), weight.squeeze(0)
+        return out.addmm_(x, weight) if alike else torch.addmm(out, x, weight)
+    x = x.expand(len(weight), -1, -1)
+    return out.baddbmm_(x, weight) if alike else torch.baddbmm(out, x, weight)
+
+
 def _by_row(x: Tensor, condition: Tensor, paths: Tensor) -> Tensor:
     """x times the paths (M, K, in, out) of each row's own condition (M or 1, N, C): (M, R, out)."""
     members, n_paths = paths.shape[:2]
     own = condition[..., :n_paths]
-    if own.shape[1] != x.shape[1]:
-        own = own.repeat(1, x.shape[1] // own.shape[1], 1)
+    own = _repeated(own, x.shape[1])
     spread = (own.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
     return torch.bmm(spread.expand(members, -1, -1), paths.flatten(1, 2))
 

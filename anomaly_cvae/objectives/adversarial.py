@@ -14,6 +14,7 @@ from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import Blocks, CellEncoder, Cells
 from anomaly_cvae.objectives.bounds import Weight, with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, with_class
+from anomaly_cvae.optimizers import Adam
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch
 
@@ -124,9 +125,7 @@ class Adversarial(Objective):
             a.n_members, Blocks(0, tuple(model.shapes)), a.channels, (), 1, a.n_conditions,
             torch.Generator().manual_seed(seed),
         ).to(device=draws.device, dtype=draws.dtype)  # fmt: skip
-        self.optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=DISCRIMINATOR_RATE * learning_rate, betas=BETAS
-        )
+        self.optimizer = Adam(self.discriminator.parameters(), lr=DISCRIMINATOR_RATE * learning_rate, betas=BETAS)
         for parameter in self.discriminator.parameters():
             # As Adam makes it at its first step, which is too late for a checkpoint to be read into it.
             fresh = (torch.zeros(()), torch.zeros_like(parameter), torch.zeros_like(parameter))
