@@ -16,46 +16,29 @@ from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin, clone
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from anomaly_cvae import bundle, checkpoints, explain
-from anomaly_cvae.calibration import HELD_OUT, Calibration, select_discoveries
+from anomaly_cvae import bundle, checkpoints
+from anomaly_cvae.calibration import HELD_OUT
 from anomaly_cvae.devices import resolve_device
-from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.errors import ConditionError, DataError, ParameterError
-from anomaly_cvae.fitted import FittedModel, ScoreKind, require_contrast
+from anomaly_cvae.explaining import Explainer
+from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.fitting import Split, fit_model, now, who
-from anomaly_cvae.frames import BoolArray, FloatArray, IntArray
+from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.generative import Generative
-from anomaly_cvae.inputs import (
-    check_count,
-    feature_frame,
-    resolve_keys,
-    resolve_names,
-    shortened,
-)
-from anomaly_cvae.interpretation import read_layout, read_schema
-from anomaly_cvae.parameters import CHOICES, check_parameters
+from anomaly_cvae.inputs import check_count, feature_frame, resolve_keys, resolve_names, shortened
+from anomaly_cvae.interpretation import read_layout, read_schema, warn_of_row_numbers
+from anomaly_cvae.parameters import check_parameters
 from anomaly_cvae.parquet_rows import Inputs, ParquetTable
 from anomaly_cvae.passes import Precision
 from anomaly_cvae.progress import CallbackSupportMixin, EpochReporter, with_callbacks
 from anomaly_cvae.row_sample import draw_sample
 from anomaly_cvae.row_stream import BYTES_PER_CELL, FIT_MEMORY_BYTES, LEAST_SAMPLE, RowStream
-from anomaly_cvae.schema import (
-    Name,
-    Schema,
-    is_row_number,
-)
+from anomaly_cvae.schema import Name, Schema
 from anomaly_cvae.settings import fit_settings
 from anomaly_cvae.training import Training
 
-FLAGGED = -np.finfo(np.float64).tiny
-"""Largest decision of a row that policy, not its score, makes an anomaly."""
 
-
-UNKNOWN_CLASS = "(unknown class)"
-"""Where rows of a class not seen in training, or with a missing condition, are grouped."""
-
-
-class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
+class CVAEDetector(Generative, Explainer, CallbackSupportMixin, TransformerMixin, OutlierMixin, BaseEstimator):
     """Find rows that are unlikely given their condition.
 
     A bank of conditional variational autoencoders models p(x | c). A row's score is its negative ELBO in
@@ -304,7 +287,7 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         self.schema_, likelihoods = self._schema_of(features, frame, stream)
         if self.checkpoint is not None:
             checkpoints.check_place(Path(self.checkpoint))
-        self._warn_of_row_numbers(frame if stream is None else stream.sample.seen)
+        warn_of_row_numbers(self, self.schema_, frame if stream is None else stream.sample.seen)
         settings, random_state = fit_settings(self, self.schema_), random_state or check_random_state(self.random_state)
         with EpochReporter(self, X, y, max_steps=self.max_steps, verbose=self.verbose) as reporter:
             fit = fit_model(self.schema_, frame, likelihoods, settings, random_state, reporter, stream)
@@ -319,18 +302,6 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
                 stacklevel=2,
             )
         return self
-
-    def _warn_of_row_numbers(self, frame: pd.DataFrame) -> None:
-        asked = self.column_kinds or {}
-        columns = [c.name for c in self.schema_.columns if c.kind in ("real", "count") and c.name not in asked]
-        numbers = [name for name in columns if is_row_number(frame[name], name)]
-        if numbers:
-            warnings.warn(
-                f"{', '.join(map(repr, numbers))}: whole numbers without a repeat, as row numbers are. New rows have "
-                "new ones, which makes them unusual: leave them out (ignore_columns, --ignore); a time can be a "
-                "continuous condition; or say what they are (column_kinds, --kind)",
-                stacklevel=4,
-            )
 
     def _schema_of(
         self, features: pd.DataFrame, frame: pd.DataFrame, stream: RowStream | None
@@ -380,213 +351,12 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         history.attrs["stopped_by"] = training.stopped_by
         return history
 
-    # ------------------------------------------------------------------ scores
-
-    def score_samples(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """Minus the detector's score, (N,): higher = more normal."""
-        encoded = self._encode(X, condition)
-        return -self.model_.scores(encoded, self._kind())
-
-    def negative_elbo(self, X: Any, *, condition: Any = None, given: Any = None) -> FloatArray:
-        """Negative ELBO of each row, its parts weighed as ``part_weights`` says, (N,), nats: higher = more anomalous.
-
-        ``given`` says which cells belong to the condition: the score is then that of the others given
-        these, 0 if all are given. Booleans like X, or {column: booleans}; needs ``condition_on_observed``.
-        """
-        encoded = self._encode(X, condition, given)
-        return self.model_.scores(encoded, "elbo")
-
-    def negative_log_likelihood(
-        self, X: Any, *, condition: Any = None, given: Any = None, n_samples: int = 100
-    ) -> FloatArray:
-        """-log p(x | c) of each row by importance sampling from q(z | x, c), (N,), nats.
-
-        In expectation it lies between -log p(x | c) and the negative ELBO with parts that count alike, nearer to the
-        first with more samples (Burda, Grosse and Salakhutdinov 2016). ``given`` as in `negative_elbo`.
-        """
-        check_count(n_samples, "n_samples")
-        encoded = self._with_class(self._encode(X, condition, given))
-        return self.model_.engine.negative_log_likelihood(encoded, n_samples)
-
-    def contrast(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """Negative ELBO under the claimed class less the marginal one, (N,), nats.
-
-        It equals log p(c) - log p(c | x): high when another class explains the row better. 0 for a row
-        of unknown class.
-
-        Raises
-        ------
-        ConditionError
-            Without a categorical condition of at least two classes.
-        """
-        encoded = self._encode(X, condition)
-        return self.model_.scores(encoded, "contrast")
-
-    def decision_function(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """`score_samples` plus the threshold of the row's class, (N,): negative for anomalies.
-
-        A row with missing cells has a threshold of its own: that of normals missing as many cells.
-        """
-        encoded = self._encode(X, condition)
-        return self._decisions(encoded, self.model_.scores(encoded, self._kind()))
-
-    def predict(self, X: Any, *, condition: Any = None) -> IntArray:
-        """+1 for normal rows, -1 for anomalies, (N,)."""
-        normal = self.decision_function(X, condition=condition) >= 0
-        return np.where(normal, np.int64(1), np.int64(-1))
+    # ------------------------------------------------------------------ fit and judge, latent coordinates
 
     def fit_predict(self, X: Any, y: Any = None, *, condition: Any = None) -> IntArray:
         """`fit` and `predict` on the same rows."""
         self.fit(X, y, condition=condition)
         return self.predict(X, condition=condition)
-
-    def p_values(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """Conformal p-value of each row among its class's held-out normals, (N,).
-
-        A row of a class not seen in training, under ``unseen_class="anomaly"``, has the least one.
-        """
-        encoded = self._encode(X, condition)
-        return self._p_values(encoded, self.model_.scores(encoded, self._kind()))
-
-    def score_table(
-        self, X: Any, *, condition: Any = None, contrast: bool = False, top_column: bool = False
-    ) -> pd.DataFrame:
-        """Everything that a scored row carries, in one pass: one line per row of X.
-
-        Columns: ``condition`` (class name), ``negative_elbo`` (nats), ``score``, ``threshold``, ``p_value``,
-        ``is_anomaly``; on request ``contrast`` (nats), and of rows above their threshold ``top_column``, the one most
-        to blame, and ``top_nats``, by how much the negative ELBO would fall if that cell were what the rest lets
-        expect. Both are missing where no cell alone is to blame.
-        """
-        encoded = self._encode(X, condition)
-        kind: ScoreKind = self._kind()
-        scores = self.model_.scores_of_kinds(encoded, {"elbo", kind, *(("contrast",) if contrast else ())})
-        thresholds = self._thresholds(encoded)
-        decisions = self._decisions(encoded, scores[kind], thresholds)
-        names = np.array([*self.schema_.class_names, None], dtype=object)
-        table = pd.DataFrame(
-            {
-                "condition": self._class_labels(X, condition, encoded, names),
-                "negative_elbo": scores["elbo"],
-                "score": scores[kind],
-                "threshold": thresholds,
-                "p_value": self._p_values(encoded, scores[kind]),
-                "is_anomaly": decisions < 0,
-            },
-            index=self._index(X),
-        )
-        if contrast:
-            table["contrast"] = scores["contrast"]
-        if top_column:
-            # A class that training did not see is flagged as such, whatever its cells.
-            above = np.flatnonzero((decisions < 0) & (scores[kind] > thresholds))
-            top, gains = explain.to_blame(self.model_, encoded.take(above), 1)
-            columns, nats = np.full(len(table), None, dtype=object), np.full(len(table), np.nan)
-            for row, column, saved in zip(above, top[:, 0], gains[:, 0], strict=True):
-                if saved > 0:
-                    columns[row], nats[row] = self.schema_.names[column], saved
-            table["top_column"], table["top_nats"] = columns, nats
-        return table
-
-    def select(self, X: Any, *, condition: Any = None, false_discovery_rate: float = 0.1) -> BoolArray:
-        """Rows to report, (N,), so that at most this share of them is expected to be normal (Benjamini-Hochberg)."""
-        if not 0.0 < false_discovery_rate < 1.0:
-            raise ParameterError(f"false_discovery_rate must lie in (0, 1), not {false_discovery_rate}")
-        return select_discoveries(self.p_values(X, condition=condition), false_discovery_rate)
-
-    def calibrated_score(self, X: Any, *, condition: Any = None) -> FloatArray:
-        """Negative ELBO on its class's scale of held-out normals (median 0, 0.9 quantile 1), (N,).
-
-        Ranks rows across classes of unequal spread; higher = more anomalous.
-        """
-        encoded = self._encode(X, condition)
-        groups = self.model_.groups(encoded)
-        reference = self._calibration().references["elbo"]
-        return reference.calibrated(self.model_.scores(encoded, "elbo"), groups, encoded.observed)
-
-    # ------------------------------------------------------------------ explanation
-
-    def explain(self, X: Any, *, condition: Any = None, method: str = "sum") -> pd.DataFrame:
-        """Nats per column: what each adds to the negative ELBO, or what mending it alone would save.
-
-        ``"sum"`` takes the negative ELBO apart, (N, D + 1): nats of each column and of the KL, which sum to it.
-        ``"repair"``, (N, D), asks which cell is wrong: the nats by which the negative ELBO falls if the cell becomes
-        what the rest of its row lets expect; an image becomes a drawn one. It has no unit, sums to nothing, and costs
-        2 D passes; a missing cell has 0. It ranks a wrong cell first more often (docs/benchmarks/quality.md).
-
-        Raises
-        ------
-        ParameterError
-            If ``method`` is another one.
-        """
-        if method not in explain.METHODS:
-            raise ParameterError(f"method must be one of {explain.METHODS}, not {method!r}")
-        encoded = self._encode(X, condition)
-        if method == "repair":
-            gains = explain.repair_gains(self.model_, encoded)
-            return pd.DataFrame(gains, columns=self.schema_.names, index=self._index(X))
-        parts = explain.column_scores(self.model_, encoded)
-        frame = pd.DataFrame(parts.columns, columns=self.schema_.names, index=self._index(X))
-        frame[explain.KL] = parts.kl
-        return frame
-
-    def top_columns(self, X: Any, *, condition: Any = None, n: int = 3) -> pd.DataFrame:
-        """The ``n`` columns of each row that are most to blame: value observed, value and 90 % range expected.
-
-        Ranked by ``repair_nats``: by how much the negative ELBO would fall if this cell alone were what the rest of
-        the row lets expect, ``expected`` (of an image: one drawn of what it lets expect). ``nats`` is the column's
-        share of the negative ELBO. Of many columns, the eight that cost most above what they cost a normal row are
-        asked (``n``, if that is more).
-        """
-        encoded, frame = self._encode(X, condition), self._frame(X, condition)
-        n = min(n, len(self.schema_.columns))
-        return explain.top_columns(self.model_, encoded, frame, n, seed=0)
-
-    def class_negative_elbo(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
-        """Negative ELBO of each row under every class, (N, K), nats: the least is where it would be most normal.
-
-        Raises
-        ------
-        ConditionError
-            Without a categorical condition of at least two classes.
-        """
-        check_is_fitted(self)
-        require_contrast(self.schema_)
-        nats = self.model_.engine.class_negative_elbo(self._encode(X, condition))
-        return pd.DataFrame(nats, columns=self.schema_.class_names, index=self._index(X))
-
-    def alarm_columns(self, X: Any, *, condition: Any = None) -> pd.DataFrame:
-        """Which columns drive the alarms among the rows of X: one line per class with alarms and column.
-
-        ``alarms`` counts the class's flagged rows, ``top`` those in which the column is the one most to blame, as
-        `top_columns` says, and ``repair_nats`` is the mean over these of what mending it would save. "(new class)"
-        stands for rows flagged for their class alone, "(no cell alone)" for those that no column's mending helps.
-        """
-        encoded = self._encode(X, condition)
-        scores, thresholds = self.model_.scores(encoded, self._kind()), self._thresholds(encoded)
-        flagged = np.flatnonzero(self._decisions(encoded, scores, thresholds) < 0)
-        names = np.array([*self.schema_.class_names, UNKNOWN_CLASS], dtype=object)
-        alarms, above = encoded.take(flagged), (scores > thresholds)[flagged]
-        return explain.alarm_columns(self.model_, alarms, names[self.model_.groups(alarms)], above)
-
-    def explain_pixels(self, X: Any, *, condition: Any = None, column: Name | None = None) -> FloatArray:
-        """Nats of every pixel of an image column, (N, …) like the images, colours added up: a heat map.
-
-        Their sum is the column's nats in `explain`; of a row of unknown class, under its most probable one.
-        ``column`` may be left out where there is one of images.
-
-        Raises
-        ------
-        DataError
-            If the column holds no images.
-        """
-        encoded = self._with_class(self._encode(X, condition))
-        names = [c.name for c in self.schema_.images]
-        if column is None and len(names) == 1:
-            column = names[0]
-        if column not in names:
-            raise DataError(f"explain_pixels: {column!r} is no column of images; there are {names or 'none'}")
-        return explain.pixels(self.model_, encoded, column)
 
     def transform(self, X: Any, *, condition: Any = None) -> FloatArray:
         """Posterior mean of z under the first network of each row's class, (N, Z)."""
@@ -655,16 +425,6 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
                 stacklevel=3,
             )
 
-    @property
-    def thresholds_(self) -> pd.DataFrame:
-        """By class: threshold of a complete row's score, calibration rows, guarantee, rule, time."""
-        return self._calibration().table(self._kind())
-
-    @property
-    def offset_(self) -> float:
-        """Minus the pooled threshold; unconditional: decision_function = score_samples - offset_."""
-        return -self._calibration().pooled_threshold(self._kind())
-
     # ------------------------------------------------------------------ persistence
 
     def save(self, path: str | Path) -> Path:
@@ -706,44 +466,3 @@ class CVAEDetector(Generative, CallbackSupportMixin, TransformerMixin, OutlierMi
         # A missing cell of x is fine; a missing condition is not, unless asked to be averaged over.
         tags.input_tags.allow_nan = self.condition_columns is None
         return tags
-
-    def _kind(self) -> ScoreKind:
-        if self.score_kind not in CHOICES["score_kind"]:
-            raise ParameterError(f"score_kind must be one of {CHOICES['score_kind']}, not {self.score_kind!r}")
-        if self.score_kind in ("contrast", "both"):
-            require_contrast(self.schema_)
-        if self.score_kind == "parts" and self._calibration().parts is None:
-            raise ParameterError(
-                "this model has no calibration of the parts of its negative ELBO: fit or recalibrate it with "
-                "score_kind='parts'"
-            )
-        return self.score_kind  # type: ignore[return-value]  # checked above
-
-    def _calibration(self) -> Calibration:
-        check_is_fitted(self)
-        assert self.model_.calibration is not None
-        return self.model_.calibration
-
-    def _thresholds(self, encoded: Encoded) -> FloatArray:
-        return self._calibration().thresholds(self._kind(), self.model_.groups(encoded), encoded.observed)
-
-    def _decisions(self, encoded: Encoded, scores: FloatArray, thresholds: FloatArray | None = None) -> FloatArray:
-        decisions = (self._thresholds(encoded) if thresholds is None else thresholds) - scores
-        if self.unseen_class == "anomaly":
-            return np.where(self._is_unseen(encoded), np.minimum(decisions, FLAGGED), decisions)
-        return decisions
-
-    def _p_values(self, encoded: Encoded, scores: FloatArray) -> FloatArray:
-        if self.unseen_class == "anomaly":
-            scores = np.where(self._is_unseen(encoded), np.inf, scores)
-        return self._calibration().p_values(self._kind(), scores, self.model_.groups(encoded), encoded.observed)
-
-    def _class_labels(self, X: Any, condition: Any, encoded: Encoded, names: npt.NDArray[np.object_]) -> Any:
-        """Class names of the rows; a class not seen in training is named by its own levels."""
-        labels = names[self.model_.groups(encoded)]
-        unseen = np.flatnonzero(self._is_unseen(encoded))
-        if unseen.size:
-            conditions = [c.name for c in self.schema_.categorical_conditions]
-            cells = self._frame(X, condition)[conditions].iloc[unseen]
-            labels[unseen] = [", ".join(map(str, levels)) for levels in cells.itertuples(index=False)]
-        return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from anomaly_cvae.schema import (
     as_attributes,
     infer_column,
     infer_condition,
+    is_row_number,
     observed_classes,
 )
 
@@ -135,3 +137,17 @@ def _infer_columns(frame: pd.DataFrame, names: Sequence[Name], kinds: Mapping[Na
         more = f"\n- and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
         raise DataError(f"{len(faults)} columns cannot be used as they are:\n{shown}{more}")
     return tuple(columns)
+
+
+def warn_of_row_numbers(asked: Any, schema: Schema, frame: pd.DataFrame) -> None:
+    """Warn of columns that count the rows, unless the parameters ``asked`` say what they are."""
+    said = asked.column_kinds or {}
+    columns = [c.name for c in schema.columns if c.kind in ("real", "count") and c.name not in said]
+    numbers = [name for name in columns if is_row_number(frame[name], name)]
+    if numbers:
+        warnings.warn(
+            f"{', '.join(map(repr, numbers))}: whole numbers without a repeat, as row numbers are. New rows have "
+            "new ones, which makes them unusual: leave them out (ignore_columns, --ignore); a time can be a "
+            "continuous condition; or say what they are (column_kinds, --kind)",
+            stacklevel=5,
+        )

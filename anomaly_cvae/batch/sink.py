@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from anomaly_cvae.batch.places import Place
-from anomaly_cvae.detector import UNKNOWN_CLASS
 from anomaly_cvae.errors import MissingDependencyError, OutputError
+from anomaly_cvae.judging import UNKNOWN_CLASS
 
 PARTIAL = ".partial"
 MISSING = "(missing)"
