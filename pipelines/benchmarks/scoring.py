@@ -160,7 +160,8 @@ def section(n_rows: int, rounds: int, folder: Path) -> list[str]:
     ways = [name for name in rates.of if name.split(",")[0].split(":")[0] in WAYS]
     return [
         f"The reference CVAE: 64 columns, 10 classes, hidden 256-256, latent 16, Gaussian head, one sample; "
-        f"{operations_per_row():,} floating-point operations a row. {n_rows:,} rows, {rounds} rounds.",
+        f"{operations_per_row():,} floating-point operations a row. {n_rows:,} rows, {rounds} rounds. "
+        "It is trained without hidden cells: the defaults hide some, for which the encoder has as many inputs more.",
         "",
         *goal_table(goals(rates)),
         *_most(rates, eager),
