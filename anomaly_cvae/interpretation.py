@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from anomaly_cvae.schema import (
 )
 
 MOST_FAULTS = 20
+BETWEEN = ("anomaly_cvae", "sklearn")
+"""Packages whose frames lie between a user's line and a warning."""
 
 
 def read_layout(asked: Any, X: Any, features: pd.DataFrame, condition: Any) -> tuple[Layout, pd.DataFrame]:
@@ -149,5 +152,13 @@ def warn_of_row_numbers(asked: Any, schema: Schema, frame: pd.DataFrame) -> None
             f"{', '.join(map(repr, numbers))}: whole numbers without a repeat, as row numbers are. New rows have "
             "new ones, which makes them unusual: leave them out (ignore_columns, --ignore); a time can be a "
             "continuous condition; or say what they are (column_kinds, --kind)",
-            stacklevel=5,
+            stacklevel=_callers_level(),
         )
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of a warning at the line that called this package, past the frames of scikit-learn."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -20,12 +20,12 @@ class _Plain(Optimizer):
 
 
 class Adam(_Plain, torch.optim.Adam):
-    """`torch.optim.Adam` for models that are not compiled."""
+    """`torch.optim.Adam` for models that are not compiled, and steps that are not differentiated."""
 
     step = torch.no_grad()(unwrap(torch.optim.Adam.step))
 
 
 class AdamW(_Plain, torch.optim.AdamW):
-    """`torch.optim.AdamW` for models that are not compiled."""
+    """`torch.optim.AdamW` for the same."""
 
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))

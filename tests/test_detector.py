@@ -172,9 +172,16 @@ def test_top_columns_say_what_was_expected_instead(detector):
     assert len(top) == 2
 
 
-def test_a_row_number_among_the_columns_is_warned_of(table):
-    with pytest.warns(UserWarning, match=r"'serial': whole numbers .* leave them out"):
-        CVAEDetector("type", **TINY).fit(table)
+@pytest.mark.parametrize("method", ["fit", "fit_predict"])
+def test_a_row_number_among_the_columns_is_warned_of(table, method):
+    asked = getattr(CVAEDetector("type", **TINY), method)
+    with pytest.warns(UserWarning, match=r"'serial': whole numbers .* leave them out") as told:
+        asked(table)
+    # At the line that called, however many frames lie between.
+    assert {one.filename for one in told if "row numbers" in str(one.message)} == {__file__}
+
+
+def test_a_row_number_that_is_explained_is_not_warned_of(table):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         CVAEDetector("type", ignore_columns="serial", **TINY).fit(table)

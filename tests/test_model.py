@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.model import CVAE, Architecture, Terms
 from anomaly_cvae.networks import StackedMLP
+from anomaly_cvae.networks.stacked import NARROW_CONDITION
 from anomaly_cvae.objectives import elbo, importance_weighted
 from anomaly_cvae.priors import DiagonalNormal, StandardNormal
 from anomaly_cvae.rows import Batch
@@ -493,22 +494,31 @@ def test_every_member_can_have_rows_of_its_own() -> None:
         torch.testing.assert_close(alone.kl[0], together.kl[m], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("n_conditions", [0, 3])
+@pytest.mark.parametrize("n_samples", [1, 2])
+@pytest.mark.parametrize("n_conditions", [0, 3, NARROW_CONDITION + 1])
 @pytest.mark.parametrize("hidden_dims", [(), (4,), (6, 5)])
-def test_a_stacked_network_equals_a_loop_over_single_ones(hidden_dims: tuple[int, ...], n_conditions: int) -> None:
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_a_stacked_network_equals_a_loop_over_single_ones(
+    n_members: int, hidden_dims: tuple[int, ...], n_conditions: int, n_samples: int
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    stacked = StackedMLP(3, 4, hidden_dims, 2, n_conditions, generator).double()
+    stacked = StackedMLP(n_members, 4, hidden_dims, 2, n_conditions, generator).double()
     with torch.no_grad():
         for parameter in stacked.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).double())
-    x = torch.randn((3, 2 * N_ROWS, 4), generator=generator).double()
+    x = torch.randn((n_members, n_samples * N_ROWS, 4), generator=generator).double().requires_grad_()
     condition = torch.randn((1, N_ROWS, n_conditions), generator=generator).double() if n_conditions else None
     out = stacked(x, condition)
-    assert out.shape == (3, 2 * N_ROWS, 2)
-    for m in range(3):
-        # Two samples per row: a row's condition serves both.
-        repeated = None if condition is None else condition[0].repeat(2, 1)
-        torch.testing.assert_close(out[m], _single_network(stacked, m, x[m], repeated), rtol=1e-12, atol=1e-12)
+    assert out.shape == (n_members, n_samples * N_ROWS, 2)
+    # Two samples per row: a row's condition serves both.
+    repeated = None if condition is None else condition[0].repeat(n_samples, 1)
+    alone = torch.stack([_single_network(stacked, m, x[m], repeated) for m in range(n_members)])
+    torch.testing.assert_close(out, alone, rtol=1e-12, atol=1e-12)
+    everything = [x, *stacked.parameters()]
+    gradients = [torch.autograd.grad((result**2).sum(), everything) for result in (out, alone)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+    some = stacked(x[:1], condition, slice(0, 1))
+    torch.testing.assert_close(some[0], alone[0], rtol=1e-12, atol=1e-12)
 
 
 def _single_network(stacked: StackedMLP, member: int, x: Tensor, condition: Tensor | None) -> Tensor:

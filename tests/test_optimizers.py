@@ -8,12 +8,20 @@ import torch
 from anomaly_cvae import optimizers
 
 
-@pytest.mark.parametrize(("kind", "options"), [("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {})])
-def test_steps_are_those_of_torch(kind, options):
+@pytest.mark.parametrize(
+    ("kind", "rate", "options"),
+    [
+        ("AdamW", 0.1, {"weight_decay": 0.1, "fused": True}),
+        # As captured steps have it.
+        ("AdamW", torch.tensor(0.1), {"fused": True, "capturable": True}),
+        ("Adam", 0.1, {}),
+    ],
+)
+def test_steps_are_those_of_torch(kind, rate, options):
     ours, theirs = ([torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))] for _ in range(2))
     pairs = [
-        (ours, getattr(optimizers, kind)(ours, lr=0.1, **options)),
-        (theirs, getattr(torch.optim, kind)(theirs, lr=0.1, **options)),
+        (ours, getattr(optimizers, kind)(ours, lr=rate, **options)),
+        (theirs, getattr(torch.optim, kind)(theirs, lr=rate, **options)),
     ]
     for step in range(5):
         for parameters, optimizer in pairs:

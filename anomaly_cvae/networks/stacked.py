@@ -14,6 +14,7 @@ from anomaly_cvae.networks.fused import can_fuse, network
 ALL = slice(None)
 CONDITION_START = 0.1
 """Size at which the condition's weights start, relative to the others."""
+NARROW_CONDITION = 32
 
 
 class StackedLinear(nn.Module):
@@ -36,11 +37,12 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
         """Map rows with the chosen members' weights."""
-        each = condition is not None and condition.shape[1] > 1
-        out = _affine(x, _of(self.weight, members), self.shift(None if each else condition, members))
-        if each and condition is not None and self.condition_weight is not None:
-            # A product of its own, in place: an array of shifts would be written and read as one of outputs.
-            out = _add_product(out, _repeated(condition, x.shape[-2]), _of(self.condition_weight, members))
+        n_rows, weight = x.shape[-2], _of(self.weight, members)
+        if condition is None or self.condition_weight is None or not _has_own_product(condition, n_rows):
+            out = _affine(x, weight, _repeated(self.shift(condition, members), n_rows))
+        else:
+            out = _affine(x, weight, self.shift(None, members))
+            out = _add_product(out, _repeated(condition, n_rows), _of(self.condition_weight, members))
         return torch.relu_(out) if relu else out
 
     def shift(self, condition: Tensor | None, members: slice = ALL) -> Tensor:
@@ -128,6 +130,15 @@ class StackedMLP(nn.Module):
         in_halves = torch.is_autocast_enabled("cpu") and len(layers) > 2
         inner = [_of(layer.halved(), members) for layer in layers[1:-1]] if in_halves else weights[1:-1]
         return network(x, weights, shifts, skip, inner)
+
+
+def _has_own_product(condition: Tensor, n_rows: int) -> bool:
+    """Whether c V is better added in place than made for N rows, repeated for every sample and read as a bias.
+
+    That array is as large as the outputs; of a wide condition, a product for every sample costs more than it does.
+    """
+    n_given, width = condition.shape[1:]
+    return n_given > 1 and (n_given == n_rows or width <= NARROW_CONDITION)
 
 
 def _repeated(of_rows: Tensor, n_rows: int) -> Tensor:
