@@ -129,7 +129,8 @@ def _text(rates: Rates, taken: dict[str, np.ndarray], n_training: int, n_rows: i
     return [
         f"Fitted on {n_training:,} rows of 64 columns, scoring {n_rows:,} others, {rounds_of(rates)} rounds; peers "
         f"with their defaults and as many threads as torch. Ours is the reference CVAE ({operations_per_row():,} "
-        f"operations a row; its {epochs} epochs are passes over all rows in batches of {OUR_BATCH}, thresholds included"
+        f"operations a row; its {epochs} epochs are passes over all rows in batches of {OUR_BATCH}, without hidden "
+        "cells, thresholds included"
         + ("" if epochs == PYOD_EPOCHS else "; PyOD's networks, too, were cut to as many epochs")
         + "); PyOD's VAE has 128-64-32 hidden units, 2 latent ones, and takes batches of 32. Fits take turns, "
         f"{len(taken[OURS])} round(s), after a small one each that is not counted.",
