@@ -355,6 +355,7 @@ def say_what_next(
         console.print(f"  [bold]{written[name]}[/bold]\n      {description}")
     if runs:
         console.print("  [bold]make ui[/bold]\n      the runs in MLflow, at http://127.0.0.1:5000")
+        console.print("      (choose 'Model training', top left: MLflow opens on agents and traces)")
     console.print(f"\nDone in {seconds:.0f} s.")
 
 

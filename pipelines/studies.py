@@ -97,7 +97,7 @@ class Study:
             self.console.print(f"  {self.output / f'{name}.png'}")
         self.console.print(f"  {written}")
         if self.track:
-            self.console.print("  make ui: the run in MLflow, at http://127.0.0.1:5000")
+            self.console.print("  make ui: the run in MLflow, at http://127.0.0.1:5000 ('Model training', top left)")
 
     def write(self, *, finished: bool) -> Path:
         """The figures so far, with where and when they were measured, as JSON."""
