@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 import threading
@@ -164,3 +166,31 @@ def test_an_infinite_cell_in_any_block_is_named_by_its_row(
     wrong.loc[5_430, "e"] = np.nan
     with pytest.raises(DataError, match=r"column 'd' has -inf .* in row 5432"):
         detector.score_samples(wrong)
+
+
+FAULTS = """
+import resource, torch
+from anomaly_cvae.threads import in_threads
+torch.set_num_threads(1)
+
+def work(_):
+    # As in a network: a layer's activations are freed when the next one's are there, between what stays.
+    layers, x = [], torch.ones(1 << 20)
+    for _ in range(6):
+        y = x * 2
+        layers.append(y[:10].clone())
+        x = y
+
+in_threads(work, range(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+in_threads(work, range(20))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+PAGES_OF_A_PIECE = 7 * (1 << 22) // 4096
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_what_pieces_free_is_there_for_the_next_ones() -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC_TUNABLES"))}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=plain)
+    assert int(ran.stdout) < PAGES_OF_A_PIECE
