@@ -10,6 +10,7 @@ import torch
 from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.model import Seen
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.passes import Chunk, Passes, to_numpy
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.rows import Batch, tensor
@@ -122,7 +123,8 @@ class Expectations(Passes):
                 seen = self.blind(len(own), k, also, members)
                 condition = self.condition(k, also)
                 if told is not None:
-                    condition = tensor(told[first : first + size], self.device, self.noise.dtype).unsqueeze(0)
+                    vectors = tensor(told[first : first + size], self.device, self.noise.dtype)
+                    condition = Condition(vectors.unsqueeze(0))
                 parameters = self.model.decode(points, condition, members, seen)
                 blocks.append(to_numpy(self.model.expected_each(parameters)[0, 0]))
         return self.from_class_units(np.concatenate(blocks), k)

@@ -354,7 +354,8 @@ def _train(
     def to_device(some: Encoded) -> DeviceRows:
         may_miss = stream is not None
         table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
-        return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss)
+        all_labelled = not settings.training.objective.takes_unlabelled
+        return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss, all_labelled=all_labelled)
 
     if engine.model.architecture.linear_start:
         own = dealt(settings.training.input_noise, engine.model.architecture.n_members)

@@ -8,6 +8,7 @@ import torch
 from anomaly_cvae.encoding import Encoded
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import FloatArray, IntArray
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.priors import DiagonalNormal
 from anomaly_cvae.scoring import ScoringEngine
 
@@ -95,7 +96,7 @@ def _styles(model: FittedModel, n: int, generator: torch.Generator) -> torch.Ten
 
 
 def _sample_prior(
-    engine: ScoringEngine, k: int, n: int, condition: torch.Tensor | None, generator: torch.Generator
+    engine: ScoringEngine, k: int, n: int, condition: Condition | None, generator: torch.Generator
 ) -> torch.Tensor:
     """z of every member, (M, n, Z)."""
     members = engine.members_of(k)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.likelihoods import Likelihood, likelihood_class
-from anomaly_cvae.networks import ALL, Blocks, CellDecoder, CellEncoder, Cells, Encoding, PseudoInputs, StackedMLP
+from anomaly_cvae.networks import (
+    ALL,
+    Blocks,
+    CellDecoder,
+    CellEncoder,
+    Cells,
+    Condition,
+    Encoding,
+    PseudoInputs,
+    StackedMLP,
+)
 from anomaly_cvae.priors import DiagonalNormal, GroupedMixture, Prior, StandardNormal
 from anomaly_cvae.rows import Batch
 
@@ -215,13 +225,13 @@ class CVAE(nn.Module):
         logits: Tensor = self.inference_head(self._cells(batch.values, batch.observed, masks), None, members).outputs
         return logits
 
-    def prior(self, condition: Tensor | None, members: slice = ALL, group: Tensor | None = None) -> Prior:
+    def prior(self, condition: Condition | None, members: slice = ALL, group: Tensor | None = None) -> Prior:
         """p(z | c) that training uses; ``group`` (M or 1, N) is the class of each row, for a VampPrior."""
         if self.pseudo_inputs is not None:
             return self.vamp(members).of_rows(group)
         if self.prior_network is None or condition is None:
             return StandardNormal()
-        return normal(self.prior_network(condition, None, members))
+        return normal(self.prior_network(condition.vectors, None, members))
 
     def vamp(self, members: slice = ALL) -> GroupedMixture:
         """Posteriors of the pseudo-inputs under every class, (M, G, J, Z); Tomczak and Welling (2018), equation 9."""
@@ -229,13 +239,13 @@ class CVAE(nn.Module):
         groups, n = self.architecture.n_groups, self.architecture.pseudo_inputs
         condition = None
         if self.architecture.n_conditions:
-            condition = self.class_table.repeat_interleave(n, dim=0).unsqueeze(0)
+            condition = Condition(self.class_table.repeat_interleave(n, dim=0).unsqueeze(0))
         cells = self.pseudo_inputs.cells(members, groups if condition is not None else 1)
         posterior = normal(self.encoder(cells, condition, members).outputs)
         shape = (len(posterior.mean), groups, n, self.architecture.latent_dim)
         return GroupedMixture(posterior.mean.reshape(shape), posterior.log_variance.reshape(shape))
 
-    def decode(self, z: Tensor, condition: Tensor | None, members: slice = ALL, seen: Seen | None = None) -> Tensor:
+    def decode(self, z: Tensor, condition: Condition | None, members: slice = ALL, seen: Seen | None = None) -> Tensor:
         """Parameters of p(x | z, c) for samples (M, S, N, Z): (M, S, N, P)."""
         outputs: Tensor = self.decoder(z.flatten(1, 2), condition, members, None if seen is None else seen.told)
         return outputs.reshape(*outputs.shape[:1], *z.shape[1:3], outputs.shape[-1])

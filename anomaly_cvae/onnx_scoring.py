@@ -18,6 +18,7 @@ from anomaly_cvae.encoding import LARGEST_VALUE
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.frames import FloatArray
 from anomaly_cvae.model import CVAE
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.objectives import elbo
 from anomaly_cvae.priors import Mixture
 from anomaly_cvae.rows import Batch
@@ -72,7 +73,8 @@ class NegativeElbo(nn.Module):
         """As `ScoringEngine` does it, member by member: products of plain matrices are what runs fast."""
         noise = self.get_buffer("noise")
         own = ((values - center) / scale).clamp(-LARGEST_VALUE, LARGEST_VALUE).to(noise.dtype)
-        batch = Batch(own.unsqueeze(0), None, condition, torch.log(scale).to(noise.dtype).reshape(1, 1, -1))
+        told = None if condition is None else Condition(condition)
+        batch = Batch(own.unsqueeze(0), None, told, torch.log(scale).to(noise.dtype).reshape(1, 1, -1))
         total = torch.zeros(1, dtype=torch.float64)
         for place, m in enumerate(self.members):
             one, prior = slice(place, place + 1), None

@@ -14,7 +14,7 @@ from torch import Tensor
 from anomaly_cvae.encoding import LARGEST_VALUE, ClassScaling, Encoded
 from anomaly_cvae.frames import FloatArray, IntArray
 from anomaly_cvae.model import CVAE, Seen, Terms
-from anomaly_cvae.networks import full_float32, has_bfloat16
+from anomaly_cvae.networks import Condition, full_float32, has_bfloat16
 from anomaly_cvae.priors import AggregatePosterior, DiagonalNormal, Prior
 from anomaly_cvae.rows import Batch, tensor
 
@@ -107,15 +107,15 @@ class Passes:
             return slice(0, self.model.architecture.n_members)
         return slice(k * self.members_per_class, (k + 1) * self.members_per_class)
 
-    def condition(self, k: int, continuous: FloatArray) -> Tensor | None:
-        """Condition vectors of rows of class ``k``, (1, N or 1, C)."""
+    def condition(self, k: int, continuous: FloatArray) -> Condition | None:
+        """The condition of rows of class ``k``, one for all unless ``continuous`` (N, Q) tells them apart."""
         if self.class_table is None:
             return None
         shared = self.class_table[k].reshape(1, 1, -1)
         if not continuous.shape[1]:
-            return shared
+            return Condition(shared)
         own = tensor(continuous, self.device, self.noise.dtype).unsqueeze(0)
-        return torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1)
+        return Condition(torch.cat([shared.expand(1, len(continuous), -1), own], dim=-1))
 
     def conditions(self, encoded: Encoded) -> FloatArray:
         """The condition vector of every row, (N, C)."""
@@ -217,11 +217,12 @@ class Passes:
 
     def _batch(self, inputs: Mapping[str, Tensor]) -> Batch:
         """The batch of rows (N, …) and what they share."""
-        dtype, condition = self.noise.dtype, inputs.get("condition")
+        dtype, vectors = self.noise.dtype, inputs.get("condition")
         rows = {name: inputs[name].to(dtype).unsqueeze(0) for name in ROWS if name in inputs}
         continuous = rows.pop("continuous", None)
-        if condition is not None and continuous is not None:
-            condition = torch.cat([condition.expand(1, continuous.shape[1], -1), continuous], dim=-1)
+        if vectors is not None and continuous is not None:
+            vectors = torch.cat([vectors.expand(1, continuous.shape[1], -1), continuous], dim=-1)
+        condition = None if vectors is None else Condition(vectors)
         values, observed, given = rows["values"], rows.get("observed"), rows.get("given")
         return Batch(values, observed, condition, inputs.get("log_scale"), given)
 

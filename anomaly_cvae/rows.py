@@ -10,12 +10,13 @@ from torch import Tensor
 
 from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.frames import FloatArray, IntArray
+from anomaly_cvae.networks import Condition, codes_of
 from anomaly_cvae.schema import Schema
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model sees: values and observed (M or 1, N, D), condition (M or 1, N or 1, C).
+    """What the model sees: values and observed (M or 1, N, D), and the condition of N rows, or of all.
 
     ``observed`` is None where every cell is there, ``condition`` where the members know one class only.
     ``log_scale`` (M or 1, N or 1, D) is the logarithm of the class's scale, which belongs to the density.
@@ -25,7 +26,7 @@ class Batch:
 
     values: Tensor
     observed: Tensor | None
-    condition: Tensor | None
+    condition: Condition | None
     log_scale: Tensor | None = None
     given: Tensor | None = None
     class_index: Tensor | None = None
@@ -33,13 +34,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """All rows of a table on the device, in units of their class; `batch` gathers some for every member."""
+    """All rows of a table on the device, in units of their class; `batch` gathers some for every member.
+
+    ``condition`` (N, C) are the vectors and ``codes`` (N, Q) the places of their ones, if they are codes of levels.
+    """
 
     values: Tensor
     observed: Tensor | None
     condition: Tensor | None
     log_scale: Tensor | None = None
     class_index: Tensor | None = None
+    codes: Tensor | None = None
 
     @classmethod
     def of(
@@ -51,19 +56,24 @@ class DeviceRows:
         dtype: torch.dtype,
         *,
         may_miss: bool = False,
+        all_labelled: bool = True,
     ) -> DeviceRows:
         """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector.
 
-        ``may_miss``: rows that come later may lack cells, even if these do not.
+        ``may_miss``: rows that come later may lack cells, even if these do not. ``all_labelled``: neither these nor
+        those lack their class.
         """
         complete = not may_miss and bool(encoded.observed.all())
-        condition = None
+        condition = codes = None
         if table is not None:
             known = np.maximum(encoded.class_index, 0)
             labelled = torch.as_tensor(encoded.class_index >= 0, device=device)
             # A row without a class has no condition; what it is worth under each is the objective's to sum.
             classes = table[torch.as_tensor(known, device=device)] * labelled.unsqueeze(1)
             condition = torch.cat([classes, tensor(encoded.continuous, device, dtype)], dim=1)
+            if all_labelled and not encoded.continuous.shape[1]:
+                of_classes = codes_of(table)
+                codes = None if of_classes is None else of_classes[torch.as_tensor(encoded.class_index, device=device)]
         values, log_scale = encoded.values, None
         if scaling is not None:
             values = scaling.to_class_units(values, encoded.class_index)
@@ -75,6 +85,7 @@ class DeviceRows:
             condition=condition,
             log_scale=log_scale,
             class_index=class_index,
+            codes=codes,
         )
 
     def batch(self, rows: Tensor) -> Batch:
@@ -86,7 +97,9 @@ class DeviceRows:
             return None if part is None else part.index_select(0, flat).reshape(*rows.shape, *part.shape[1:])
 
         parts = {field.name: of(getattr(self, field.name)) for field in fields(self)}
-        return Batch(**parts)  # type: ignore[arg-type]  # values are never None
+        vectors, codes = parts.pop("condition"), parts.pop("codes")
+        condition = None if vectors is None else Condition(vectors, codes)
+        return Batch(condition=condition, **parts)  # type: ignore[arg-type]  # values are never None
 
     def replace(self, places: IntArray, other: DeviceRows, rows: IntArray) -> None:
         """Put ``rows`` of another table in the ``places`` of this one, in place."""

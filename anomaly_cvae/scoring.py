@@ -141,7 +141,8 @@ class ScoringEngine(Expectations):
         prior = None
         if self.aggregate is not None:
             prior = self.aggregate.select(self.members_of(k), self._group(k))
-        return ClassInputs(center, scale, self.condition(k, np.zeros((1, 0))), prior)
+        condition = self.condition(k, np.zeros((1, 0)))
+        return ClassInputs(center, scale, None if condition is None else condition.vectors, prior)
 
     def class_negative_elbo(self, encoded: Encoded) -> FloatArray:
         """Negative ELBO of every row under every class, (N, K)."""

@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d
 
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.model import CVAE, Architecture
-from anomaly_cvae.networks import Blocks, CellDecoder, CellEncoder, Cells
+from anomaly_cvae.networks import Blocks, CellDecoder, CellEncoder, Cells, Condition
 from anomaly_cvae.networks.convolutions import ConvDecoder, ConvEncoder, StackedConv, sizes
 from anomaly_cvae.rows import Batch
 
@@ -19,6 +19,10 @@ CHANNELS = (4, 8)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def told(*shape: int, seed: int = 0) -> Condition:
+    return Condition(randn(*shape, seed=seed))
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -56,29 +60,30 @@ def same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1), (1, 6)])
 def test_each_member_convolves_with_its_own_weights_and_shift(stride: int, size: tuple[int, int]) -> None:
-    layer, images, condition = convolution(3, stride=stride), randn(3, 4, 2, *size), randn(3, 4, 3, seed=1)
+    layer, images, condition = convolution(3, stride=stride), randn(3, 4, 2, *size), told(3, 4, 3, seed=1)
     found = layer(images, condition)
     for m in range(3):
-        shift = layer.bias[m] + condition[m] @ layer.condition_weight[m]
+        shift = layer.bias[m] + condition.vectors[m] @ layer.condition_weight[m]
         expected = conv2d(images[m], layer.weight[m], None, stride, 1) + shift[:, :, None, None]
         same(found[m], expected)
 
 
 def test_images_and_conditions_shared_by_all_members_are_given_once() -> None:
-    layer, images, condition = convolution(3), randn(1, 4, 2, 6, 6), randn(1, 4, 3, seed=1)
-    expected = layer(images.expand(3, -1, -1, -1, -1), condition.expand(3, -1, -1))
+    layer, images, condition = convolution(3), randn(1, 4, 2, 6, 6), told(1, 4, 3, seed=1)
+    expected = layer(images.expand(3, -1, -1, -1, -1), Condition(condition.vectors.expand(3, -1, -1)))
     same(layer(images, condition), expected)
-    same(layer(images, condition[:, :1]), layer(images, condition[:, :1].expand(1, 4, 3)))
+    first = condition.vectors[:, :1]
+    same(layer(images, Condition(first)), layer(images, Condition(first.expand(1, 4, 3))))
 
 
 def test_a_condition_of_n_rows_is_repeated_for_every_sample() -> None:
-    layer, images, condition = convolution(2), randn(2, 6, 2, 5, 5), randn(1, 3, 3, seed=1)
-    same(layer(images, condition), layer(images, condition.repeat(1, 2, 1)))
+    layer, images, condition = convolution(2), randn(2, 6, 2, 5, 5), told(1, 3, 3, seed=1)
+    same(layer(images, condition), layer(images, Condition(condition.vectors.repeat(1, 2, 1))))
 
 
 @pytest.mark.parametrize("members", [slice(0, 1), slice(1, 3), slice(2, 3)])
 def test_some_members_alone_are_those_of_all(members: slice) -> None:
-    layer, images, condition = convolution(3), randn(1, 4, 2, 6, 6), randn(1, 4, 3, seed=1)
+    layer, images, condition = convolution(3), randn(1, 4, 2, 6, 6), told(1, 4, 3, seed=1)
     same(layer(images, condition, members), layer(images, condition)[members])
 
 
@@ -88,14 +93,14 @@ def test_some_members_alone_are_those_of_all(members: slice) -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (1, 7, 5), (1, 9, 1), (1, 1, 1), (3, 13, 10)])
 def test_every_size_is_halved_rounding_up_and_drawn_again(shape: tuple[int, int, int]) -> None:
     _, height, width = shape
-    maps = encoder(2, shape)(randn(2, 3, *shape), randn(1, 3, 3))
+    maps = encoder(2, shape)(randn(2, 3, *shape), told(1, 3, 3))
     scales = [(-(-height // 2), -(-width // 2)), (-(-height // 4), -(-width // 4))]
     assert [tuple(found.shape) for found in maps] == [
         (2, 3, width_of, *scale) for width_of, scale in zip(CHANNELS, scales, strict=True)
     ]
     assert encoder(2, shape).n_features == maps[-1][0, 0].numel()
     mirror = decoder(2, shape)
-    drawn = mirror(randn(2, 3, mirror.n_seed), randn(1, 3, 3))
+    drawn = mirror(randn(2, 3, mirror.n_seed), told(1, 3, 3))
     assert drawn.shape == (2, 3, *shape)
 
 
@@ -115,7 +120,7 @@ def test_an_image_smaller_than_its_scales_goes_through(channels: tuple[int, ...]
 
 
 def test_a_member_alone_encodes_as_it_does_among_others() -> None:
-    both, images, condition = encoder(2), randn(2, 3, 1, 8, 8), randn(1, 3, 3, seed=1)
+    both, images, condition = encoder(2), randn(2, 3, 1, 8, 8), told(1, 3, 3, seed=1)
     together = both(images, condition)
     for m in range(2):
         alone = member_of(both, encoder(1), m)(images[m : m + 1], condition)
@@ -125,7 +130,7 @@ def test_a_member_alone_encodes_as_it_does_among_others() -> None:
 
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_member_alone_decodes_as_it_does_among_others(seen: bool) -> None:
-    both, condition = decoder(2, seen=seen), randn(1, 3, 3, seed=1)
+    both, condition = decoder(2, seen=seen), told(1, 3, 3, seed=1)
     seeds = randn(2, 3, both.n_seed)
     maps = [randn(2, 3, 4, 4, 4, seed=2), randn(2, 3, 8, 2, 2, seed=3)] if seen else []
     together = both(seeds, condition, seen=maps)
@@ -137,8 +142,8 @@ def test_a_member_alone_decodes_as_it_does_among_others(seen: bool) -> None:
 
 def test_no_gradient_crosses_from_one_member_to_another() -> None:
     coder, mirror = encoder(2), decoder(2)
-    features = coder(randn(1, 3, 1, 8, 8), randn(1, 3, 3))[-1].flatten(2)
-    mirror(features, randn(1, 3, 3))[0].square().sum().backward()
+    features = coder(randn(1, 3, 1, 8, 8), told(1, 3, 3))[-1].flatten(2)
+    mirror(features, told(1, 3, 3))[0].square().sum().backward()
     for name, parameter in (*coder.named_parameters(), *mirror.named_parameters()):
         assert parameter.grad is not None, name
         assert parameter.grad[0].any(), name
@@ -147,7 +152,7 @@ def test_no_gradient_crosses_from_one_member_to_another() -> None:
 
 def test_rows_do_not_mix() -> None:
     coder, mirror = encoder(2), decoder(2)
-    images, condition = randn(2, 4, 1, 8, 8), randn(1, 4, 3)
+    images, condition = randn(2, 4, 1, 8, 8), told(1, 4, 3)
     changed = images.clone()
     changed[:, 2] += 1.0
     before, after = (mirror(coder(own, condition)[-1].flatten(2), condition) for own in (images, changed))
@@ -164,7 +169,7 @@ def test_the_condition_shifts_the_encoder_at_every_scale(part: str, scale: int) 
     coder = encoder(1)
     silence_all_but(coder, getattr(coder, part)[scale])
     images = randn(1, 3, 1, 8, 8)
-    before, after = coder(images, torch.zeros(1, 3, 3).double()), coder(images, torch.ones(1, 3, 3).double())
+    before, after = (coder(images, Condition(torch.full((1, 3, 3), value).double())) for value in (0.0, 1.0))
     changed = [bool((a != b).any()) for a, b in zip(before, after, strict=True)]
     assert changed == [scale == 0, True]
 
@@ -175,7 +180,7 @@ def test_the_condition_shifts_the_decoder_at_every_scale(part: str, scale: int) 
     mirror = decoder(1)
     silence_all_but(mirror, getattr(mirror, part)[scale])
     seeds = randn(1, 3, mirror.n_seed)
-    before, after = (mirror(seeds, torch.full((1, 3, 3), value).double()) for value in (0.0, 1.0))
+    before, after = (mirror(seeds, Condition(torch.full((1, 3, 3), value).double())) for value in (0.0, 1.0))
     assert (before != after).flatten(2).any(-1).all()
 
 
@@ -244,8 +249,9 @@ def image_bank(n_members: int) -> CVAE:
 
 def test_a_model_with_a_picture_has_terms_per_cell_and_members_that_do_not_touch() -> None:
     both, alone = image_bank(2), image_bank(1)
-    values, condition = randn(1, 4, 43), randn(1, 4, 2, seed=1)
-    batch, noise = Batch(values.expand(2, -1, -1), None, condition.expand(2, -1, -1)), randn(3, 2, seed=2)
+    values, condition = randn(1, 4, 43), told(1, 4, 2, seed=1)
+    repeated = Condition(condition.vectors.expand(2, -1, -1))
+    batch, noise = Batch(values.expand(2, -1, -1), None, repeated), randn(3, 2, seed=2)
     terms = both.terms(batch, noise)
     assert terms.log_prob.shape == (2, 3, 4, 43)
     for m in range(2):

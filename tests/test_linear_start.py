@@ -14,7 +14,7 @@ from anomaly_cvae import CVAEDetector, linear_start
 from anomaly_cvae.errors import BundleError
 from anomaly_cvae.factor_analysis import Moments, _covariances, factors_of, fit_classes, turned_to
 from anomaly_cvae.metrics import roc_auc
-from anomaly_cvae.networks import StackedMLP
+from anomaly_cvae.networks import Condition, StackedMLP
 
 NAMES = list("abcde")
 SMALL = {"max_steps": 60, "hidden_dims": (16,), "n_estimators": 1, "random_state": 0, "device": "cpu"}
@@ -320,21 +320,24 @@ def test_a_path_counts_by_its_number_of_the_condition(mlp: StackedMLP) -> None:
     without.load_state_dict({name: value for name, value in mlp.state_dict().items() if name != "paths"})
     told = torch.tensor([0.25, 0.75, 5.0], dtype=torch.float64)
     own = told[0] * mlp.paths[:, 0] + told[1] * mlp.paths[:, 1]
-    expected = without(x, told.reshape(1, 1, 3)) + x @ own
-    torch.testing.assert_close(mlp(x, told.reshape(1, 1, 3)), expected)
-    torch.testing.assert_close(mlp(x, told.expand(1, 6, 3)), expected)
+    shared, of_rows = Condition(told.reshape(1, 1, 3)), Condition(told.expand(1, 6, 3))
+    expected = without(x, shared) + x @ own
+    torch.testing.assert_close(mlp(x, shared), expected)
+    torch.testing.assert_close(mlp(x, of_rows), expected)
     with torch.inference_mode():
-        torch.testing.assert_close(mlp(x, told.reshape(1, 1, 3)), expected)
+        torch.testing.assert_close(mlp(x, shared), expected)
 
 
 def test_rows_of_several_samples_take_the_condition_of_their_row(mlp: StackedMLP) -> None:
-    told = torch.eye(3, dtype=torch.float64)[[0, 1, 0]].unsqueeze(0)
+    told = Condition(torch.eye(3, dtype=torch.float64)[[0, 1, 0]].unsqueeze(0))
     x = torch.randn(2, 6, 4, dtype=torch.float64)
     expected = torch.cat([mlp(x[:, :3], told), mlp(x[:, 3:], told)], dim=1)
     torch.testing.assert_close(mlp(x, told), expected)
 
 
 def test_one_member_alone_takes_its_own_path(mlp: StackedMLP) -> None:
-    x, told = torch.randn(1, 5, 4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 1, 0, 2]].unsqueeze(0)
+    x = torch.randn(1, 5, 4, dtype=torch.float64)
+    told = Condition(torch.eye(3, dtype=torch.float64)[[0, 1, 1, 0, 2]].unsqueeze(0))
+    first = Condition(told.vectors[:, :1])
     torch.testing.assert_close(mlp(x, told, slice(1, 2)), mlp(x, told)[1:])
-    torch.testing.assert_close(mlp(x, told[:, :1], slice(1, 2)), mlp(x, told[:, :1])[1:])
+    torch.testing.assert_close(mlp(x, first, slice(1, 2)), mlp(x, first)[1:])

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.model import CVAE, Architecture, Terms
-from anomaly_cvae.networks import StackedMLP
+from anomaly_cvae.networks import Condition, StackedMLP
 from anomaly_cvae.networks.stacked import NARROW_CONDITION
 from anomaly_cvae.objectives import elbo, importance_weighted
 from anomaly_cvae.priors import DiagonalNormal, StandardNormal
@@ -146,7 +146,7 @@ def linear_rows(n_rows: int, n_columns: int = 5) -> tuple[Tensor, Tensor]:
 def batch_of(values: Tensor, classes: Tensor, observed: Tensor | None = None) -> Batch:
     condition = torch.eye(CLASSES, dtype=values.dtype)[classes]
     mask = None if observed is None else observed.to(values.dtype).expand(values.shape)[None]
-    return Batch(values[None], mask, condition[None])
+    return Batch(values[None], mask, Condition(condition[None]))
 
 
 def exact_expectation_points(latent_dim: int) -> Tensor:
@@ -299,7 +299,7 @@ def mixed_batch(n_copies: int = 1, *, missing: bool = False, seed: int = 0) -> B
     ]
     values = torch.tensor(np.stack(cells, axis=-1).astype(np.float64))
     observed = torch.tensor(rng.random(values.shape) > 0.4, dtype=torch.float64) if missing else None
-    return Batch(values, observed, torch.tensor(rng.standard_normal((n_copies, N_ROWS, N_CONDITIONS))))
+    return Batch(values, observed, Condition(torch.tensor(rng.standard_normal((n_copies, N_ROWS, N_CONDITIONS)))))
 
 
 def fixed_noise(n_samples: int = 4, latent_dim: int = 2) -> Tensor:
@@ -373,7 +373,7 @@ def test_a_row_is_judged_alone() -> None:
     model, batch = bank(learned_prior=True), mixed_batch()
     together = model.terms(batch, fixed_noise())
     for n in range(N_ROWS):
-        row = Batch(batch.values[:, n : n + 1], None, batch.condition[:, n : n + 1])
+        row = Batch(batch.values[:, n : n + 1], None, Condition(batch.condition.vectors[:, n : n + 1]))
         alone = model.terms(row, fixed_noise())
         torch.testing.assert_close(alone.log_prob[:, :, 0], together.log_prob[:, :, n], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(alone.kl[:, 0], together.kl[:, n], rtol=1e-10, atol=1e-10)
@@ -381,8 +381,8 @@ def test_a_row_is_judged_alone() -> None:
 
 def test_one_condition_for_all_rows_equals_the_same_condition_given_to_each() -> None:
     model, batch = bank(learned_prior=True), mixed_batch()
-    shared = batch.condition[:, :1]
-    repeated = Batch(batch.values, None, shared.expand(1, N_ROWS, -1))
+    shared = Condition(batch.condition.vectors[:, :1])
+    repeated = Batch(batch.values, None, Condition(shared.vectors.expand(1, N_ROWS, -1)))
     assert_same_terms(
         model.terms(Batch(batch.values, None, shared), fixed_noise()), model.terms(repeated, fixed_noise())
     )
@@ -402,7 +402,7 @@ def test_the_condition_enters_at_every_layer(part: str, layer: int) -> None:
             if other is not layers[layer]:
                 other.condition_weight.zero_()
     before = model.terms(batch, fixed_noise())
-    after = model.terms(Batch(batch.values, None, batch.condition + 1.0), fixed_noise())
+    after = model.terms(Batch(batch.values, None, Condition(batch.condition.vectors + 1.0)), fixed_noise())
     rows_changed = (before.log_prob != after.log_prob).any(-1).any(1)
     assert rows_changed.all()
     if part == "decoder":
@@ -488,7 +488,8 @@ def test_every_member_can_have_rows_of_its_own() -> None:
     model, batch = bank(learned_prior=True, missing_indicators=True), mixed_batch(3, missing=True)
     together = model.terms(batch, fixed_noise())
     for m in range(3):
-        own = Batch(*(t[m : m + 1] for t in (batch.values, batch.observed, batch.condition)))
+        told = Condition(batch.condition.vectors[m : m + 1])
+        own = Batch(batch.values[m : m + 1], batch.observed[m : m + 1], told)
         alone = model.terms(own, fixed_noise(), members=slice(m, m + 1))
         torch.testing.assert_close(alone.log_prob[0], together.log_prob[m], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(alone.kl[0], together.kl[m], rtol=1e-10, atol=1e-10)
@@ -508,7 +509,8 @@ def test_a_stacked_network_equals_a_loop_over_single_ones(
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).double())
     x = torch.randn((n_members, n_samples * N_ROWS, 4), generator=generator).double().requires_grad_()
     condition = torch.randn((1, N_ROWS, n_conditions), generator=generator).double() if n_conditions else None
-    out = stacked(x, condition)
+    told = None if condition is None else Condition(condition)
+    out = stacked(x, told)
     assert out.shape == (n_members, n_samples * N_ROWS, 2)
     # Two samples per row: a row's condition serves both.
     repeated = None if condition is None else condition[0].repeat(n_samples, 1)
@@ -517,7 +519,7 @@ def test_a_stacked_network_equals_a_loop_over_single_ones(
     everything = [x, *stacked.parameters()]
     gradients = [torch.autograd.grad((result**2).sum(), everything) for result in (out, alone)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
-    some = stacked(x[:1], condition, slice(0, 1))
+    some = stacked(x[:1], told, slice(0, 1))
     torch.testing.assert_close(some[0], alone[0], rtol=1e-12, atol=1e-12)
 
 
@@ -645,7 +647,7 @@ def test_training_noise_is_on_real_columns_only() -> None:
     assert changed[:, real].all()
     assert not changed[:, ~real].any()
     assert torch.equal(moved.observed, batch.observed)
-    assert torch.equal(moved.condition, batch.condition)
+    assert torch.equal(moved.condition.vectors, batch.condition.vectors)
     scale = torch.tensor([0.0, 0.2]).reshape(2, 1, 1)
     own = bank().jitter(mixed_batch(2), scale, torch.Generator().manual_seed(0)).values != mixed_batch(2).values
     assert not own[0].any()

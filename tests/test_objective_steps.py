@@ -14,6 +14,7 @@ from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import FittedColumn
 from anomaly_cvae.errors import ConditionError, ParameterError
 from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.objectives import (
     Adversarial,
     BoundObjective,
@@ -245,7 +246,7 @@ def told_bank(n_classes: int, n_attributes: int) -> tuple[CVAE, Batch]:
     parts += [torch.full((6, 1), 0.3), torch.ones(6, n_attributes)]
     rows = batch_of(model)
     condition = torch.cat(parts, dim=1).unsqueeze(0)
-    return model, Batch(rows.values, None, condition, class_index=index if n_classes else None)
+    return model, Batch(rows.values, None, Condition(condition), class_index=index if n_classes else None)
 
 
 @pytest.mark.parametrize(("n_classes", "n_attributes"), [(3, 0), (0, 4), (3, 2)])
@@ -253,14 +254,15 @@ def test_images_are_drawn_under_another_condition_of_the_same_kind(n_classes: in
     model, rows = told_bank(n_classes, n_attributes)
     seen = [otherwise(model, rows, draws(seed)) for seed in range(20)]
     for other in seen:
-        assert other.condition.shape == rows.condition.shape
-        assert (other.condition[..., n_classes] == 0.3).all()  # a number is no class: it stays
-        assert ((other.condition != rows.condition)[..., n_classes + 1 :].sum(-1) == min(1, n_attributes)).all()
+        told, own = other.condition.vectors, rows.condition.vectors
+        assert told.shape == own.shape
+        assert (told[..., n_classes] == 0.3).all()  # a number is no class: it stays
+        assert ((told != own)[..., n_classes + 1 :].sum(-1) == min(1, n_attributes)).all()
         if n_classes:
-            assert torch.equal(other.condition[..., :n_classes], model.class_table[other.class_index])
+            assert torch.equal(told[..., :n_classes], model.class_table[other.class_index])
     if n_classes:
         assert len(torch.unique(torch.stack([other.class_index for other in seen]))) == n_classes
-    assert len(torch.unique(torch.stack([other.condition for other in seen]), dim=0)) > 10
+    assert len(torch.unique(torch.stack([other.condition.vectors for other in seen]), dim=0)) > 10
 
 
 def test_the_inference_head_learns_from_real_images_alone() -> None:

@@ -20,7 +20,7 @@ from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.fitting import Conditioning, FitSettings, PriorName, fit_model
 from anomaly_cvae.frames import level_cells
 from anomaly_cvae.model import CVAE, Terms
-from anomaly_cvae.networks import StackedMLP, has_bfloat16
+from anomaly_cvae.networks import Condition, StackedMLP, has_bfloat16
 from anomaly_cvae.objectives import elbo
 from anomaly_cvae.passes import Limit
 from anomaly_cvae.priors import low_discrepancy_normal
@@ -436,7 +436,7 @@ def test_a_detector_says_its_precision_and_may_be_loaded_with_another(wide: CVAE
 def test_fused_networks_are_the_plain_ones(hidden: tuple[int, ...], members: slice) -> None:
     network = StackedMLP(3, 5, hidden, 4, 2, torch.Generator().manual_seed(0))
     x = torch.randn((1, 7, 5), generator=torch.Generator().manual_seed(1))
-    condition = torch.tensor([[[0.0, 1.0]]])
+    condition = Condition(torch.tensor([[[0.0, 1.0]]]))
     plain = network(x, condition, members).detach()
     with torch.inference_mode():
         torch.testing.assert_close(network(x, condition, members), plain, rtol=1e-5, atol=1e-6)

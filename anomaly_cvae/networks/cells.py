@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from anomaly_cvae.networks.conditions import Condition
 from anomaly_cvae.networks.convolutions import ConvDecoder, ConvEncoder
 from anomaly_cvae.networks.stacked import ALL, StackedMLP
 
@@ -59,7 +60,7 @@ class CellEncoder(nn.Module):
         n_in = blocks.n_table + n_features
         self.mlp = StackedMLP(n_members, n_in, hidden_dims, n_out, n_conditions, generator, n_paths)
 
-    def forward(self, cells: Cells, condition: Tensor | None, members: slice = ALL) -> Encoding:
+    def forward(self, cells: Cells, condition: Condition | None, members: slice = ALL) -> Encoding:
         """Outputs (M, R, n_out) and the maps they came from."""
         if not self.images:
             return Encoding(self.mlp(cells.table, condition, members))
@@ -105,7 +106,7 @@ class CellDecoder(nn.Module):
         return self.mlp.layers[-1].get_parameter("bias").shape[-1]
 
     def forward(
-        self, z: Tensor, condition: Tensor | None, members: slice = ALL, seen: Encoding | None = None
+        self, z: Tensor, condition: Condition | None, members: slice = ALL, seen: Encoding | None = None
     ) -> Tensor:
         """Outputs (M, R, P) of rows z (M, R, Z)."""
         if seen is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate
 
+from anomaly_cvae.networks.conditions import Condition
 from anomaly_cvae.networks.stacked import ALL, CONDITION_START, _of, members_of
 
 KERNEL = 3
@@ -44,11 +45,11 @@ class StackedConv(nn.Module):
             first = torch.empty(n_members, n_conditions, n_out).uniform_(-1.0, 1.0, generator=generator)
             self.condition_weight = nn.Parameter(CONDITION_START * first)
 
-    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None, members: slice = ALL) -> Tensor:
         """Convolve images of every member with its own weights."""
         weight, shift = _of(self.weight, members), _of(self.bias, members)
         if self.condition_weight is not None and condition is not None:
-            shift = shift + condition @ _of(self.condition_weight, members)
+            shift = condition.times(_of(self.condition_weight, members), shift)
         images = members_of(x) * (len(weight) if len(x) == 1 else 1)
         shifts = members_of(shift)
         parts = [self._of_member(*own) for own in zip(images, members_of(weight), shifts, strict=True)]
@@ -85,7 +86,7 @@ class ConvEncoder(nn.Module):
         height, width = sizes(shape, len(channels))[-1]
         self.n_features = channels[-1] * height * width
 
-    def forward(self, image: Tensor, condition: Tensor | None, members: slice = ALL) -> list[Tensor]:
+    def forward(self, image: Tensor, condition: Condition | None, members: slice = ALL) -> list[Tensor]:
         """Feature maps of (M or 1, R, C, H, W), one per scale, the finest first: (M, R, channels, h, w)."""
         maps, hidden = [], image
         for down, mix in zip(self.down, self.mix, strict=True):
@@ -125,7 +126,7 @@ class ConvDecoder(nn.Module):
         self.lateral = nn.ModuleList(StackedConv(n_members, w, w, 0, generator) for w in widths if seen)
 
     def forward(
-        self, seed: Tensor, condition: Tensor | None, members: slice = ALL, seen: Sequence[Tensor] = ()
+        self, seed: Tensor, condition: Condition | None, members: slice = ALL, seen: Sequence[Tensor] = ()
     ) -> Tensor:
         """Outputs (M, R, P, H, W) from seeds (M, R, n_seed)."""
         hidden = torch.relu(seed).reshape(*seed.shape[:2], *self.seed_shape)

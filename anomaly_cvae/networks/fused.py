@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from anomaly_cvae.networks.conditions import Condition
+
 LEAST_ROWS = 128
 
 
@@ -20,13 +22,13 @@ def _find() -> object | None:
 _LINEAR = _find()
 
 
-def can_fuse(x: Tensor, condition: Tensor | None, n_members: int) -> bool:
+def can_fuse(x: Tensor, condition: Condition | None, n_members: int) -> bool:
     """Whether `network` applies and pays: inference from float32 on a CPU, one condition for all rows of a member.
 
     Members are taken one by one, which many of them with few rows each are too short for.
     """
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and (n_members == 1 or x.shape[1] >= LEAST_ROWS)
-    alike = condition is None or condition.shape[1] == 1
+    alike = condition is None or condition.n_rows == 1
     return _LINEAR is not None and on_cpu and alike and not torch.is_grad_enabled()
 
 

@@ -9,12 +9,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from anomaly_cvae.networks.conditions import Condition
 from anomaly_cvae.networks.fused import can_fuse, network
 
 ALL = slice(None)
 CONDITION_START = 0.1
 """Size at which the condition's weights start, relative to the others."""
 NARROW_CONDITION = 32
+MANY_PATHS = 32
+"""Paths of which more are cheaper gathered for every row than multiplied with zeros."""
 
 
 class StackedLinear(nn.Module):
@@ -35,22 +38,22 @@ class StackedLinear(nn.Module):
             self.condition_weight = nn.Parameter(start)
         self._halved: tuple[tuple[int, int], Tensor] | None = None
 
-    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None, members: slice = ALL, relu: bool = False) -> Tensor:
         """Map rows with the chosen members' weights."""
         n_rows, weight = x.shape[-2], _of(self.weight, members)
         if condition is None or self.condition_weight is None or not _has_own_product(condition, n_rows):
             out = _affine(x, weight, _repeated(self.shift(condition, members), n_rows))
         else:
             out = _affine(x, weight, self.shift(None, members))
-            out = _add_product(out, _repeated(condition, n_rows), _of(self.condition_weight, members))
+            out = _add_product(out, _repeated(condition.vectors, n_rows), _of(self.condition_weight, members))
         return torch.relu_(out) if relu else out
 
-    def shift(self, condition: Tensor | None, members: slice = ALL) -> Tensor:
+    def shift(self, condition: Condition | None, members: slice = ALL) -> Tensor:
         """c V + b, (M, N or 1, out)."""
-        shift = _of(self.bias, members)
+        bias = _of(self.bias, members)
         if self.condition_weight is None or condition is None:
-            return shift
-        return shift + condition @ _of(self.condition_weight, members)
+            return bias
+        return condition.times(_of(self.condition_weight, members), bias)
 
     def halved(self) -> Tensor:
         """The weight in bfloat16, made again when it has changed."""
@@ -90,7 +93,7 @@ class StackedMLP(nn.Module):
         if hidden_dims and n_paths:
             self.paths = nn.Parameter(torch.zeros(n_members, n_paths, n_in, n_out))
 
-    def forward(self, x: Tensor, condition: Tensor | None, members: slice = ALL) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None, members: slice = ALL) -> Tensor:
         """Map rows (M or 1, R, in) to (M, R, out)."""
         if can_fuse(x, condition, len(self._of_first(members))):
             return self._fused(x, condition, members)
@@ -103,25 +106,26 @@ class StackedMLP(nn.Module):
         out = out if skip is None else _add_product(out, rows, skip)
         # A view comes last: of what is changed in place, it would make gradients copies of the whole.
         out = out.unsqueeze(0) if one else out
-        if self.paths is not None and condition is not None and condition.shape[1] > 1:
+        if self.paths is not None and condition is not None and condition.n_rows > 1:
             out = out + _by_row(x, condition, _of(self.paths, members))
         # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
         return out.to(self.layers[-1].get_parameter("weight").dtype)
 
-    def _skip(self, condition: Tensor | None, members: slice) -> Tensor | None:
+    def _skip(self, condition: Condition | None, members: slice) -> Tensor | None:
         """The linear path (M, in, out), with those of a condition that all rows share."""
         if self.skip is None:
             return None
         skip = _of(self.skip, members)
-        if self.paths is None or condition is None or condition.shape[1] > 1:
+        if self.paths is None or condition is None or condition.n_rows > 1:
             return skip
         paths = _of(self.paths, members)
-        return skip + torch.einsum("mk,mkio->mio", condition[:, 0, : paths.shape[1]].expand(len(paths), -1), paths)
+        own = condition.vectors[:, 0, : paths.shape[1]].expand(len(paths), -1)
+        return skip + torch.einsum("mk,mkio->mio", own, paths)
 
     def _of_first(self, members: slice) -> Tensor:
         return _of(self.layers[0].get_parameter("weight"), members)
 
-    def _fused(self, x: Tensor, condition: Tensor | None, members: slice) -> Tensor:
+    def _fused(self, x: Tensor, condition: Condition | None, members: slice) -> Tensor:
         layers = [layer for layer in self.layers if isinstance(layer, StackedLinear)]
         with torch.autocast("cpu", enabled=False):
             weights = [_of(layer.weight, members) for layer in layers]
@@ -132,13 +136,13 @@ class StackedMLP(nn.Module):
         return network(x, weights, shifts, skip, inner)
 
 
-def _has_own_product(condition: Tensor, n_rows: int) -> bool:
+def _has_own_product(condition: Condition, n_rows: int) -> bool:
     """Whether c V is better added in place than made for N rows, repeated for every sample and read as a bias.
 
     That array is as large as the outputs; of a wide condition, a product for every sample costs more than it does.
     """
-    n_given, width = condition.shape[1:]
-    return n_given > 1 and (n_given == n_rows or width <= NARROW_CONDITION)
+    n_given, width = condition.vectors.shape[1:]
+    return condition.codes is None and n_given > 1 and (n_given == n_rows or width <= NARROW_CONDITION)
 
 
 def _repeated(of_rows: Tensor, n_rows: int) -> Tensor:
@@ -163,13 +167,21 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return out.baddbmm_(x, weight) if alike else torch.baddbmm(out, x, weight)
 
 
-def _by_row(x: Tensor, condition: Tensor, paths: Tensor) -> Tensor:
-    """x times the paths (M, K, in, out) of each row's own condition (M or 1, N, C): (M, R, out)."""
+def _by_row(x: Tensor, condition: Condition, paths: Tensor) -> Tensor:
+    """x times the paths (M, K, in, out) of each row's own condition: (M, R, out)."""
     members, n_paths = paths.shape[:2]
-    own = condition[..., :n_paths]
-    own = _repeated(own, x.shape[1])
+    if condition.codes is not None and n_paths > MANY_PATHS:
+        return _by_code(x, condition.picked(paths))
+    own = _repeated(condition.vectors[..., :n_paths], x.shape[1])
     spread = (own.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
     return torch.bmm(spread.expand(members, -1, -1), paths.flatten(1, 2))
+
+
+def _by_code(x: Tensor, own: Tensor) -> Tensor:
+    """x (M or 1, S * N, in) times the matrices (M, N, in, out) of its rows: (M, S * N, out)."""
+    members, n_rows, n_in, n_out = own.shape
+    by_row = x.reshape(len(x), -1, n_rows, n_in).transpose(1, 2).expand(members, -1, -1, -1)
+    return torch.matmul(by_row, own).transpose(1, 2).reshape(members, -1, n_out)
 
 
 def _of(parameter: Tensor, members: slice) -> Tensor:

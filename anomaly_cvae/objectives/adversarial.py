@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from anomaly_cvae.errors import ParameterError
 from anomaly_cvae.model import CVAE, Terms
-from anomaly_cvae.networks import Blocks, CellEncoder, Cells
+from anomaly_cvae.networks import Blocks, CellEncoder, Cells, Condition
 from anomaly_cvae.objectives.bounds import Weight, with_free_bits
 from anomaly_cvae.objectives.step import Draws, Loss, Objective, inference_loss, with_class
 from anomaly_cvae.optimizers import Adam
@@ -38,15 +38,16 @@ OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images as rows of pixels (M, R, D), and the conditions (M, R, C) that they were made under."""
+    """Images as rows of pixels (M, R, D), and the conditions that they were made under."""
 
     values: Tensor
-    condition: Tensor | None
+    condition: Condition | None
 
-    def and_also(self, values: Tensor, condition: Tensor | None) -> Drawn:
+    def and_also(self, values: Tensor, condition: Condition | None) -> Drawn:
         """These and more."""
         if self.condition is not None and condition is not None:
-            condition = torch.cat([self.condition, condition.expand(len(self.condition), -1, -1)], dim=1)
+            own, others = self.condition.vectors, condition.vectors
+            condition = Condition(torch.cat([own, others.expand(len(own), -1, -1)], dim=1))
         return Drawn(torch.cat([self.values, values], dim=1), condition)
 
     def detached(self) -> Drawn:
@@ -209,11 +210,11 @@ def otherwise(model: CVAE, batch: Batch, draws: Draws) -> Batch:
         batch = with_class(model, batch, index.clamp(max=architecture.n_classes - 1))
     assert batch.condition is not None
     if architecture.n_attributes:
-        condition = batch.condition.expand(members, n_rows, -1)
-        first = condition.shape[-1] - architecture.n_attributes
+        vectors = batch.condition.vectors.expand(members, n_rows, -1)
+        first = vectors.shape[-1] - architecture.n_attributes
         turned = first + (draws.uniform(members, n_rows, 1) * architecture.n_attributes).long()
-        turned = turned.clamp(max=condition.shape[-1] - 1)
-        batch = replace(batch, condition=condition.scatter(-1, turned, -condition.gather(-1, turned)))
+        turned = turned.clamp(max=vectors.shape[-1] - 1)
+        batch = replace(batch, condition=Condition(vectors.scatter(-1, turned, -vectors.gather(-1, turned))))
     return batch
 
 
@@ -226,8 +227,8 @@ def _as_told(model: CVAE, batch: Batch) -> Tensor:
     return nats
 
 
-def _repeated(condition: Tensor | None, n: int) -> Tensor | None:
-    return None if condition is None else condition.repeat(1, n, 1)
+def _repeated(condition: Condition | None, n: int) -> Condition | None:
+    return None if condition is None else Condition(condition.vectors.repeat(1, n, 1))
 
 
 def feature_distance(own: Tensor, real: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ class SemiSupervised(Objective):
     """
 
     keeps_best = False
+    takes_unlabelled = True
 
     def __init__(self, n_samples: int = 1, free_bits: float = 0.0, classification_weight: float = 10.0) -> None:
         self.n_samples, self.free_bits, self.classification_weight = n_samples, free_bits, classification_weight

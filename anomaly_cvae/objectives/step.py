@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from anomaly_cvae.model import CVAE
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.objectives.bounds import Bound, Weight, elbo, with_free_bits
 from anomaly_cvae.rows import Batch
 
@@ -50,12 +51,14 @@ class Objective:
 
     ``keeps_best`` says that weights are chosen by the held-out loss; else the last ones are kept.
     ``takes_noise`` says that training noise on the cells does no harm: a discriminator would see who has it.
+    ``takes_unlabelled`` says that rows may lack their class: it tells them every one.
     ``capturable`` says that `loss` looks at no value and does the same at every step, and that there is nothing to do
     after one: such a step can be a CUDA graph (`anomaly_cvae.graphs`). The KL weight is then a tensor.
     """
 
     keeps_best: bool = True
     takes_noise: bool = True
+    takes_unlabelled: bool = False
     capturable: bool = False
 
     def loss(self, model: CVAE, batch: Batch, draws: Draws, kl_weight: Weight) -> Loss:
@@ -128,7 +131,9 @@ def inference_loss(model: CVAE, batch: Batch) -> Tensor:
         loss = loss + torch.where(target >= 0, nats.reshape(loss.shape), 0.0)
     if architecture.n_attributes:
         assert batch.condition is not None
-        present = (batch.condition[..., -architecture.n_attributes :] > 0).to(attributes.dtype).expand_as(attributes)
+        present = (
+            (batch.condition.vectors[..., -architecture.n_attributes :] > 0).to(attributes.dtype).expand_as(attributes)
+        )
         loss = loss + binary_cross_entropy_with_logits(attributes, present, reduction="none").sum(-1)
     return loss
 
@@ -137,18 +142,21 @@ def with_class(model: CVAE, batch: Batch, index: Tensor) -> Batch:
     """The batch as if its rows were of the classes ``index`` (M, N)."""
     assert batch.condition is not None
     own = model.class_table[index]
-    rest = batch.condition[..., own.shape[-1] :].expand(*index.shape, -1)
-    return replace(batch, condition=torch.cat([own, rest], dim=-1), class_index=index)
+    rest = batch.condition.vectors[..., own.shape[-1] :].expand(*index.shape, -1)
+    return replace(batch, condition=Condition(torch.cat([own, rest], dim=-1)), class_index=index)
 
 
 def of_rows(batch: Batch, chosen: Tensor) -> Batch:
     """The rows (M, U) of each member's batch."""
 
-    def of(part: Tensor | None) -> Tensor | None:
-        if part is None:
-            return None
+    def of(part: Tensor) -> Tensor:
         part = part.expand(len(chosen), batch.values.shape[1], *part.shape[2:])
         return part.gather(1, chosen.reshape(*chosen.shape, *[1] * (part.dim() - 2)).expand(-1, -1, *part.shape[2:]))
 
-    parts = {f.name: of(getattr(batch, f.name)) for f in fields(batch)}
+    def of_any(part: Tensor | Condition | None) -> Tensor | Condition | None:
+        if isinstance(part, Condition):
+            return Condition(of(part.vectors))
+        return None if part is None else of(part)
+
+    parts = {f.name: of_any(getattr(batch, f.name)) for f in fields(batch)}
     return Batch(**parts)  # type: ignore[arg-type]  # values are never None

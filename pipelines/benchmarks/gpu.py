@@ -37,6 +37,7 @@ from torch import Tensor
 
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import Encoded
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.objectives import elbo
 from anomaly_cvae.replays import Replays
 from anomaly_cvae.rows import Batch
@@ -105,14 +106,14 @@ def on_the_card(engine: ScoringEngine, x: Tensor) -> Callable[[], None]:
     parts, replays = torch.chunk(x, engine.n_classes), Replays()
 
     def work(members: slice, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        own = Batch(inputs["values"].unsqueeze(0), None, inputs["condition"])
+        own = Batch(inputs["values"].unsqueeze(0), None, Condition(inputs["condition"]))
         return [elbo(engine.model.terms(own, engine.noise, members=members, prior=None)).mean(0)]
 
     def score() -> None:
         with engine.inference():
             for k, part in enumerate(parts):
                 members, condition = engine.members_of(k), engine.condition(k, np.zeros((1, 0)))
-                shared = {} if condition is None else {"condition": condition}
+                shared = {} if condition is None else {"condition": condition.vectors}
                 for rows in torch.split(part, CHUNK):
                     key = (len(rows), members.start, members.stop)
                     replays.run(key, partial(work, members), {"values": rows}, shared, k)
