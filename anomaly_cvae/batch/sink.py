@@ -19,8 +19,9 @@ from anomaly_cvae.judging import UNKNOWN_CLASS
 PARTIAL = ".partial"
 MISSING = "(missing)"
 """Where rows without a condition are counted."""
-BYTES_PER_GROUP = 1 << 24
-"""Of one row group, before compression."""
+BYTES_PER_GROUP = 1 << 22
+"""Of one row group, at least, before compression: some 100,000 rows. What waits for more is written when nothing else
+is left to do."""
 SCORED_TYPES = {
     "condition": "string",
     "negative_elbo": "double",

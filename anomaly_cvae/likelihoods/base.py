@@ -82,7 +82,8 @@ def likelihood_class(name: str) -> type[Likelihood]:
 def squash(values: Tensor) -> Tensor:
     """Identity within `SQUASH_BEYOND`, logarithmic beyond: a far outlier must not saturate the encoder."""
     inside = values.clamp(-SQUASH_BEYOND, SQUASH_BEYOND)
-    return inside + torch.sign(values) * torch.log1p(torch.relu(values.abs() - SQUASH_BEYOND))
+    beyond = values - inside
+    return inside + torch.copysign(torch.log1p(beyond.abs()), beyond)
 
 
 def buffer(columns: Sequence[FittedColumn], read: Callable[[FittedColumn], float]) -> Tensor:
