@@ -21,8 +21,9 @@ from anomaly_cvae.rows import Batch, tensor
 # Activations of one layer, in numbers, that stay in a core's cache or in a GPU's good range.
 CHUNK_NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
 IMAGE_FACTOR = 8
-PADDED = ("cpu", "cuda")
-"""Devices on which every new shape costs: a kernel per layer that is kept, or a captured graph."""
+PADDED = {"cpu": 16, "cuda": 8}
+"""Devices on which every new shape costs, a kernel per layer that is kept or a captured graph, and in how many parts of
+a chunk short pieces are counted there."""
 Precision = Literal["float32", "bfloat16"]
 ROWS = ("values", "observed", "given", "continuous")
 """Parts of a piece's rows."""
@@ -182,7 +183,7 @@ class Passes:
                 places = order[first : min(first + size, stop)]
                 first += size
                 if padded and self.device.type in PADDED:
-                    places = pad_places(places, size)
+                    places = pad_places(places, size, PADDED[self.device.type])
                 yield Piece(places, k, members, complete)
 
     def _chunk(self, encoded: Encoded, piece: Piece) -> Chunk:
@@ -257,15 +258,15 @@ class Passes:
         return self._aggregate(chunk) or self.model.prior(chunk.batch.condition, chunk.members, chunk.batch.class_index)
 
 
-def pad_places(places: IntArray, size: int) -> IntArray:
+def pad_places(places: IntArray, size: int, parts: int = PADDED["cpu"]) -> IntArray:
     """The same, the last place again and again until there are as many as in other short pieces, at most ``size``."""
-    extra = _padded_length(len(places), size) - len(places) if len(places) < size else 0
+    extra = padded_length(len(places), size, parts) - len(places) if len(places) < size else 0
     return np.concatenate([places, np.full(extra, places[-1])]) if extra else places
 
 
-def _padded_length(n_rows: int, size: int) -> int:
-    """The next power of two up to an eighth of ``size``, then the next multiple of that."""
-    step = max(size // 8, 1)
+def padded_length(n_rows: int, size: int, parts: int) -> int:
+    """The next power of two up to one of so many ``parts`` of ``size``, then the next multiple of that part."""
+    step = max(size // parts, 1)
     length = 1 << (n_rows - 1).bit_length()
     return min(length if length <= step else -(-n_rows // step) * step, size)
 

@@ -22,7 +22,7 @@ from anomaly_cvae.frames import level_cells
 from anomaly_cvae.model import CVAE, Terms
 from anomaly_cvae.networks import Condition, StackedMLP, has_bfloat16
 from anomaly_cvae.objectives import elbo
-from anomaly_cvae.passes import Limit
+from anomaly_cvae.passes import Limit, padded_length
 from anomaly_cvae.priors import low_discrepancy_normal
 from anomaly_cvae.rows import Batch
 from anomaly_cvae.schema import Schema, infer_column, infer_condition, observed_classes
@@ -471,3 +471,12 @@ def test_chunks_that_memory_does_not_hold_are_halved_and_that_is_remembered(wide
     none = replace(engine, model=_SmallMemory(engine.model, rows=0), limit=Limit())
     with pytest.raises(torch.OutOfMemoryError):
         none.negative_elbo(encoded)
+
+
+@pytest.mark.parametrize("parts", [8, 16])
+@pytest.mark.parametrize("size", [1, 7, 512, 4096])
+def test_short_pieces_have_few_lengths_and_little_to_spare(size: int, parts: int) -> None:
+    lengths = [padded_length(n, size, parts) for n in range(1, size + 1)]
+    assert all(n <= length <= size for n, length in enumerate(lengths, start=1))
+    assert len(set(lengths)) <= parts + size.bit_length()
+    assert max(length - n for n, length in enumerate(lengths, start=1)) <= max(size // parts, 1)
