@@ -83,7 +83,7 @@ def squash(values: Tensor) -> Tensor:
     """Identity within `SQUASH_BEYOND`, logarithmic beyond: a far outlier must not saturate the encoder."""
     inside = values.clamp(-SQUASH_BEYOND, SQUASH_BEYOND)
     beyond = values - inside
-    return inside + torch.copysign(torch.log1p(beyond.abs()), beyond)
+    return inside + torch.sign(beyond) * torch.log1p(beyond.abs())
 
 
 def buffer(columns: Sequence[FittedColumn], read: Callable[[FittedColumn], float]) -> Tensor:

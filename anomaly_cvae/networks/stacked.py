@@ -170,7 +170,8 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _by_row(x: Tensor, condition: Condition, paths: Tensor) -> Tensor:
     """x times the paths (M, K, in, out) of each row's own condition: (M, R, out)."""
     members, n_paths = paths.shape[:2]
-    if condition.codes is not None and n_paths > MANY_PATHS:
+    # Codes of one condition alone are those of paths.
+    if condition.codes is not None and condition.codes.shape[-1] == 1 and n_paths > MANY_PATHS:
         return _by_code(x, condition.picked(paths))
     own = _repeated(condition.vectors[..., :n_paths], x.shape[1])
     spread = (own.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
