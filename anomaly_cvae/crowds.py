@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.frames import IntArray
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.priors import DiagonalNormal, Mixture, Prior
 from anomaly_cvae.rows import Batch, DeviceRows, tensor
 
@@ -31,10 +32,10 @@ def are_crowded(encoded: Encoded, n_classes: int, numbers_per_row: int) -> bool:
 
 
 def crowd_batch(
-    rows: Encoded, class_table: Tensor | None, scaling: ClassScaling | None, device: torch.device, dtype: torch.dtype
+    rows: Encoded, classes: Condition | None, scaling: ClassScaling | None, device: torch.device, dtype: torch.dtype
 ) -> Batch:
     """Rows (N, …), each with its own condition and in units of its own class."""
-    on_device = DeviceRows.of(rows, class_table, scaling, device, dtype)
+    on_device = DeviceRows.of(rows, classes, scaling, device, dtype)
     batch = on_device.batch(torch.arange(len(rows), device=device).unsqueeze(0))
     given = None if rows.given is None else tensor(rows.given, device, dtype).unsqueeze(0)
     return Batch(batch.values, batch.observed, batch.condition, batch.log_scale, given, batch.class_index)

@@ -20,6 +20,7 @@ from anomaly_cvae.errors import DataError
 from anomaly_cvae.fitted import FittedModel
 from anomaly_cvae.frames import BoolArray, IntArray
 from anomaly_cvae.model import CVAE, Architecture
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.part_weights import fix_part_weights
 from anomaly_cvae.passes import Precision
 from anomaly_cvae.priors import (
@@ -351,11 +352,14 @@ def _train(
         where = f"column {names[column]!r}" if column >= 0 else "the latent code"
         return where if per_class is None else f"{where}, class {encoder.schema.class_names[member // per_class]!r}"
 
+    classes = engine.classes
+    if classes is not None and settings.training.objective.takes_unlabelled:
+        classes = Condition.of_classes(classes.vectors, coded=False)
+
     def to_device(some: Encoded) -> DeviceRows:
         may_miss = stream is not None
-        table, scaling, dtype = engine.class_table, engine.scaling, engine.noise.dtype
-        all_labelled = not settings.training.objective.takes_unlabelled
-        return DeviceRows.of(some, table, scaling, engine.device, dtype, may_miss=may_miss, all_labelled=all_labelled)
+        scaling, dtype = engine.scaling, engine.noise.dtype
+        return DeviceRows.of(some, classes, scaling, engine.device, dtype, may_miss=may_miss)
 
     if engine.model.architecture.linear_start:
         own = dealt(settings.training.input_noise, engine.model.architecture.n_members)

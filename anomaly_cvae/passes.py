@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -101,6 +102,11 @@ class Passes:
         halved = torch.autocast(kind, torch.bfloat16, halves, cache_enabled=kind != "cuda")
         with torch.inference_mode(), halved, full_float32(self.device):
             yield
+
+    @cached_property
+    def classes(self) -> Condition | None:
+        """The conditions of all classes, None in a bank of one network per class."""
+        return None if self.class_table is None else Condition.of_classes(self.class_table)
 
     def members_of(self, k: int) -> slice:
         """The members that know class ``k``."""

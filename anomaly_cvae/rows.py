@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anomaly_cvae.encoding import ClassScaling, Encoded
 from anomaly_cvae.frames import FloatArray, IntArray
-from anomaly_cvae.networks import Condition, codes_of
+from anomaly_cvae.networks import Condition
 from anomaly_cvae.schema import Schema
 
 
@@ -50,30 +50,28 @@ class DeviceRows:
     def of(
         cls,
         encoded: Encoded,
-        table: Tensor | None,
+        classes: Condition | None,
         scaling: ClassScaling | None,
         device: torch.device,
         dtype: torch.dtype,
         *,
         may_miss: bool = False,
-        all_labelled: bool = True,
     ) -> DeviceRows:
-        """Move ``encoded`` to the device; ``table`` (K, C) holds each class's condition vector.
+        """Move ``encoded`` to the device; ``classes`` are the conditions of all classes, coded if no row lacks its own.
 
-        ``may_miss``: rows that come later may lack cells, even if these do not. ``all_labelled``: neither these nor
-        those lack their class.
+        ``may_miss``: rows that come later may lack cells, even if these do not.
         """
         complete = not may_miss and bool(encoded.observed.all())
         condition = codes = None
-        if table is not None:
+        if classes is not None:
             known = np.maximum(encoded.class_index, 0)
             labelled = torch.as_tensor(encoded.class_index >= 0, device=device)
             # A row without a class has no condition; what it is worth under each is the objective's to sum.
-            classes = table[torch.as_tensor(known, device=device)] * labelled.unsqueeze(1)
-            condition = torch.cat([classes, tensor(encoded.continuous, device, dtype)], dim=1)
-            if all_labelled and not encoded.continuous.shape[1]:
-                of_classes = codes_of(table)
-                codes = None if of_classes is None else of_classes[torch.as_tensor(encoded.class_index, device=device)]
+            own = classes.vectors[torch.as_tensor(known, device=device)] * labelled.unsqueeze(1)
+            condition = torch.cat([own, tensor(encoded.continuous, device, dtype)], dim=1)
+            if classes.codes is not None and not encoded.continuous.shape[1]:
+                assert (encoded.class_index >= 0).all(), "a row without a class has no codes"
+                codes = classes.codes[torch.as_tensor(encoded.class_index, device=device)]
         values, log_scale = encoded.values, None
         if scaling is not None:
             values = scaling.to_class_units(values, encoded.class_index)

@@ -286,7 +286,7 @@ class ScoringEngine(Expectations):
             rows = encoded.take(pad_places(places, size))
             with self.inference():
                 terms = self.model.terms(
-                    crowd_batch(rows, self.class_table, self.scaling, self.device, self.noise.dtype),
+                    crowd_batch(rows, self.classes, self.scaling, self.device, self.noise.dtype),
                     self.noise,
                     prior=crowd_prior(rows.class_index, mixtures),
                 )

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from anomaly_cvae import CVAEDetector
 from anomaly_cvae.encoding import Encoded
-from anomaly_cvae.networks import Condition, StackedMLP, codes_of
-from anomaly_cvae.networks.conditions import FEW_LEVELS
+from anomaly_cvae.networks import Condition, StackedMLP
+from anomaly_cvae.networks.conditions import FEW_LEVELS, codes_of
 from anomaly_cvae.networks.convolutions import StackedConv
-from anomaly_cvae.networks.stacked import MANY_PATHS
 from anomaly_cvae.rows import DeviceRows
 
 N_ROWS = 9
@@ -61,18 +60,6 @@ def test_a_network_says_the_same_of_codes_as_of_vectors(
     same_with_gradients(network, x, told(table, n_members if own_rows else 1))
 
 
-@pytest.mark.parametrize("n_samples", [1, 3])
-@pytest.mark.parametrize("n_levels", [FEW_LEVELS + 1, MANY_PATHS + 1])
-@pytest.mark.parametrize("n_members", [1, 2])
-def test_linear_paths_are_those_of_the_codes(n_members: int, n_levels: int, n_samples: int) -> None:
-    network = StackedMLP(n_members, 4, (6,), 3, n_levels, torch.Generator().manual_seed(0), n_paths=n_levels).double()
-    with torch.no_grad():
-        network.paths.normal_(generator=torch.Generator().manual_seed(1))
-    for lead in {1, n_members}:
-        x = torch.randn((lead, n_samples * N_ROWS, 4), generator=torch.Generator().manual_seed(1)).double()
-        same_with_gradients(network, x, told(table_of(n_levels)))
-
-
 def test_convolutions_say_the_same_of_codes_as_of_vectors() -> None:
     layer = StackedConv(2, 3, 4, 20, torch.Generator().manual_seed(0)).double()
     x = torch.randn((2, 2 * N_ROWS, 3, 5, 4), generator=torch.Generator().manual_seed(1)).double()
@@ -85,6 +72,12 @@ def test_codes_are_the_places_of_the_ones() -> None:
     assert codes.shape == (12, 2)
     for vector, own in zip(table, codes, strict=True):
         assert vector.nonzero().squeeze(1).tolist() == own.tolist()
+
+
+def test_codes_are_for_processors_and_rows_that_have_a_class() -> None:
+    assert Condition.of_classes(torch.eye(20)).codes is not None
+    assert Condition.of_classes(torch.eye(20), coded=False).codes is None
+    assert Condition.of_classes(torch.eye(20, device="meta")).codes is None
 
 
 @pytest.mark.parametrize(
@@ -107,8 +100,9 @@ def encoded(class_index: list[int], n_continuous: int = 0) -> Encoded:
     return Encoded(np.zeros((n, 2)), np.ones((n, 2), bool), np.array(class_index), np.ones((n, n_continuous)))
 
 
-def rows_of(some: Encoded, **how: bool) -> DeviceRows:
-    return DeviceRows.of(some, torch.eye(20), None, torch.device("cpu"), torch.float32, **how)
+def rows_of(some: Encoded, *, coded: bool = True) -> DeviceRows:
+    classes = Condition.of_classes(torch.eye(20), coded=coded)
+    return DeviceRows.of(some, classes, None, torch.device("cpu"), torch.float32)
 
 
 def test_batches_carry_the_codes_of_their_rows() -> None:
@@ -119,9 +113,11 @@ def test_batches_carry_the_codes_of_their_rows() -> None:
 
 def test_rows_that_bring_more_than_a_class_or_may_lack_it_have_no_codes() -> None:
     assert rows_of(encoded([3, 19], n_continuous=1)).codes is None
-    rows = rows_of(encoded([3, -1]), all_labelled=False)
+    rows = rows_of(encoded([3, -1]), coded=False)
     assert rows.codes is None
     assert not rows.condition[1].any()
+    with pytest.raises(AssertionError, match="a row without a class has no codes"):
+        rows_of(encoded([3, -1]))
 
 
 def test_new_rows_bring_their_codes() -> None:

@@ -1,7 +1,7 @@
 """Networks of a bank: every tensor has a leading member axis."""
 
 from anomaly_cvae.networks.cells import Blocks, CellDecoder, CellEncoder, Cells, Encoding, PseudoInputs
-from anomaly_cvae.networks.conditions import Condition, codes_of
+from anomaly_cvae.networks.conditions import Condition
 from anomaly_cvae.networks.precision import full_float32, has_bfloat16
 from anomaly_cvae.networks.stacked import ALL, StackedLinear, StackedMLP
 
@@ -16,7 +16,6 @@ __all__ = [
     "PseudoInputs",
     "StackedLinear",
     "StackedMLP",
-    "codes_of",
     "full_float32",
     "has_bfloat16",
 ]

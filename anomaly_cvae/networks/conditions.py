@@ -33,19 +33,26 @@ class Condition:
         if self.codes is None:
             return plus + self.vectors @ weight
         n_ones = self.codes.shape[-1]
+        members, n_levels, n_out = weight.shape
         # Every one brings its part of b: there are fewer levels than rows to add it to.
-        picked = self.picked(weight + (plus if n_ones == 1 else plus / n_ones))
-        return picked if n_ones == 1 else picked.reshape(len(picked), -1, n_ones, picked.shape[-1]).sum(2)
-
-    def picked(self, table: Tensor) -> Tensor:
-        """Of what each level has, (M, C, …), what belongs to the rows' codes: (M, N * Q, …)."""
-        assert self.codes is not None
-        places, (members, n_levels) = self.codes, table.shape[:2]
+        table = weight + (plus if n_ones == 1 else plus / n_ones)
+        places = self.codes
+        assert len(places) in (1, members)
         if members > 1:
             first = torch.arange(members, device=places.device) * n_levels
             places = places + first.reshape(-1, 1, 1)
         picked = table.flatten(0, 1).index_select(0, places.flatten())
-        return picked.reshape(members, -1, *table.shape[2:])
+        if n_ones == 1:
+            return picked.reshape(members, -1, n_out)
+        return picked.reshape(members, -1, n_ones, n_out).sum(2)
+
+    @classmethod
+    def of_classes(cls, table: Tensor, *, coded: bool = True) -> Condition:
+        """The conditions of K classes, vectors (K, C); with codes (K, Q) on a CPU, where they are quicker.
+
+        On CUDA gradients of what was picked are summed in no fixed order, and products cost little.
+        """
+        return cls(table, codes_of(table) if coded and table.device.type == "cpu" else None)
 
 
 def codes_of(table: Tensor) -> Tensor | None:

@@ -16,8 +16,6 @@ ALL = slice(None)
 CONDITION_START = 0.1
 """Size at which the condition's weights start, relative to the others."""
 NARROW_CONDITION = 32
-MANY_PATHS = 32
-"""Paths of which more are cheaper gathered for every row than multiplied with zeros."""
 
 
 class StackedLinear(nn.Module):
@@ -107,7 +105,7 @@ class StackedMLP(nn.Module):
         # A view comes last: of what is changed in place, it would make gradients copies of the whole.
         out = out.unsqueeze(0) if one else out
         if self.paths is not None and condition is not None and condition.n_rows > 1:
-            out = out + _by_row(x, condition, _of(self.paths, members))
+            out = out + _by_row(x, condition.vectors, _of(self.paths, members))
         # Where products are in bfloat16, what is made of them is not: nats are sums of many outputs.
         return out.to(self.layers[-1].get_parameter("weight").dtype)
 
@@ -167,22 +165,12 @@ def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return out.baddbmm_(x, weight) if alike else torch.baddbmm(out, x, weight)
 
 
-def _by_row(x: Tensor, condition: Condition, paths: Tensor) -> Tensor:
-    """x times the paths (M, K, in, out) of each row's own condition: (M, R, out)."""
+def _by_row(x: Tensor, vectors: Tensor, paths: Tensor) -> Tensor:
+    """x times the paths (M, K, in, out) of each row's own condition (M or 1, N, C): (M, R, out)."""
     members, n_paths = paths.shape[:2]
-    # Codes of one condition alone are those of paths.
-    if condition.codes is not None and condition.codes.shape[-1] == 1 and n_paths > MANY_PATHS:
-        return _by_code(x, condition.picked(paths))
-    own = _repeated(condition.vectors[..., :n_paths], x.shape[1])
+    own = _repeated(vectors[..., :n_paths], x.shape[1])
     spread = (own.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2)
     return torch.bmm(spread.expand(members, -1, -1), paths.flatten(1, 2))
-
-
-def _by_code(x: Tensor, own: Tensor) -> Tensor:
-    """x (M or 1, S * N, in) times the matrices (M, N, in, out) of its rows: (M, S * N, out)."""
-    members, n_rows, n_in, n_out = own.shape
-    by_row = x.reshape(len(x), -1, n_rows, n_in).transpose(1, 2).expand(members, -1, -1, -1)
-    return torch.matmul(by_row, own).transpose(1, 2).reshape(members, -1, n_out)
 
 
 def _of(parameter: Tensor, members: slice) -> Tensor:
