@@ -87,9 +87,10 @@ def section(max_rows: int, rounds: int, folder: Path) -> tuple[list[str], Curve]
     )  # fmt: skip
     text = [
         f"`anomaly_cvae.batch.score_files` with the reference CVAE in a fresh process, {rounds} "
-        f"round{'s' if rounds > 1 else ''}. *First result* is the time from the call to the first scored batch. Memory "
-        "is the most that the process ever held, Python, torch and pyarrow included. From 20,000,000 rows on a job "
-        "takes ONNX Runtime where it is installed, whose graph is made before the first result.",
+        f"round{'s' if rounds > 1 else ''}, `--max-rows {max_rows}`. *First result* is the time from the call to the "
+        "first scored batch. Memory is the most that the process ever held, Python, torch and pyarrow included. From "
+        "20,000,000 rows on a job takes ONNX Runtime where it is installed, whose graph is made before the first "
+        "result.",
         "",
         *goal_table([goal]),
         *curve.lines(),

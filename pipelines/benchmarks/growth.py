@@ -19,6 +19,8 @@ BATCH = 256
 EPOCHS = 20
 MEMBER_STEPS = 20
 """Training steps of the fits with many members: the time of one step is what is asked for."""
+TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+"""Where an axis of values has ticks between two powers of ten."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ def section(n_rows: int, n_training: int, rounds: int, *, short: bool = False) -
 
 def picture(curves: Sequence[Curve], path: Path) -> None:
     """Every curve on logarithmic axes, rows above, what it costs below."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     drawn = plots.figure(max(3.4 * len(curves), 5.0), 5.6)
     axes = np.atleast_2d(drawn.subplots(2, len(curves), squeeze=False))
     for place, curve in enumerate(curves):
@@ -155,7 +159,11 @@ def picture(curves: Sequence[Curve], path: Path) -> None:
             axis.set_ylabel(" and ".join(dict.fromkeys(curve.units[name] for name in names)), fontsize=8)
             axis.set_xticks(curve.points, [short(point) for point in curve.points], fontsize=7)
             axis.set_xticks([], minor=True)
-            axis.grid(color=plots.GRID, which="both")
+            axis.yaxis.set_major_locator(LogLocator(subs=TICKS))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:.2g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.tick_params(axis="y", labelsize=7)
+            axis.grid(color=plots.GRID)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(fontsize=7)

@@ -17,8 +17,9 @@ TITLE = """# Speed
 Every figure is measured beside the machine's own limit and beside its peers in one run: all lines of a table take
 turns, round by round, so a busy machine slows them alike. Ratios are formed within a round; a figure is the median over
 rounds and, in brackets, the least and the most. Rows are noise, networks hardly trained: what scoring costs does not
-depend on either. A goal that is not met says so. `make bench-throughput` measures every section but *GPU*, which
-`make bench-gpu` measures where there is a CUDA device.
+depend on either. The lines share a process: the freed memory that our engine has it keep serves peers, too. A goal that
+is not met says so. `make bench-throughput` measures every section but *GPU*, which `make bench-gpu` measures where
+there is a CUDA device.
 """
 ORDER = ("Limits and scoring", "Where the time goes", "Peers", "Growth", "Memory and files", "Start-up", "GPU")
 

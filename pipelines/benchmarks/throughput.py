@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows scored at a time; default 200,000")
     parser.add_argument("--rounds", type=int, help="default 7")
     parser.add_argument(
-        "--max-rows", type=int, help="most rows of a file, up to 1e8 (26 GB on disk); default 1,000,000"
+        "--max-rows", type=int, help="most rows of a file, up to 1e8 (43 GB on disk); default 1,000,000"
     )
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
                         help=f"of {', '.join(SECTIONS)}")  # fmt: skip
