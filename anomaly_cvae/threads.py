@@ -39,7 +39,7 @@ def _keep_freed_memory() -> None:
 
     glibc's malloc gives freed blocks back to the system from a size on that grows with the largest block it was seen
     to free (mallopt(3), M_MMAP_THRESHOLD). At first that is less than a piece's activations, of which the system
-    then makes every page anew for every piece: a fifth of the time of scoring. Elsewhere this does nothing.
+    then makes every page anew for every piece. Elsewhere this does nothing.
     """
     torch.empty(KEPT_BYTES, dtype=torch.uint8)
 
